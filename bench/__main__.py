@@ -1,0 +1,40 @@
+"""`python -m bench NAME [options]`: runs one benchmark."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from eejax.errors import EejaxError
+
+BENCHES = {
+    "latency": "one batch: time to first token, time per output token, early exit against full depth",
+    "throughput": "many requests: requests and tokens per second, early exit against full depth",
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Dispatch to `bench.NAME.main(arguments)`. Returns the exit code."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: python -m bench NAME [options]\n")
+        for name, what in BENCHES.items():
+            print(f"  {name:<12} {what}")
+        print("\npython -m bench NAME --help lists a benchmark's options.")
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name not in BENCHES:
+        print(f"there is no benchmark {name!r}; there are {', '.join(BENCHES)}", file=sys.stderr)
+        return 2
+    try:
+        importlib.import_module(f"bench.{name}").main(rest)
+    except EejaxError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,257 @@
+"""What the benchmarks share: options, the model under test, and how results are shown."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from bench import machine
+from bench.cost import ModelCost
+from bench.shapes import SHAPES, shape
+from eejax import LLM, EarlyExitParams
+from eejax.config import ModelConfig
+from eejax.errors import ConfigError
+from eejax.model import count_params, init_params
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """`0.7,0.2` as a tuple."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 0.7,0.2") from None
+
+
+def integers(text: str) -> tuple[int, ...]:
+    """`4,8` as a tuple."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of block numbers such as 4,8") from None
+
+
+def at_least(low: int) -> Callable[[str], int]:
+    """A parser for integers of at least `low`."""
+
+    def parse(text: str) -> int:
+        if not text.lstrip("-").isdigit() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least {low}")
+        return int(text)
+
+    return parse
+
+
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    """Options of every benchmark: which model, which exits, how many rounds, where results go."""
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--model", metavar="PATH", help="checkpoint folder")
+    model.add_argument("--random", choices=sorted(SHAPES), help="random weights of this shape")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of weights and cache; the device's usual one")
+    parser.add_argument("--exit-layers", type=integers, metavar="E,E", help="exits instead of the model's own")
+    parser.add_argument("--page-size", type=at_least(1), default=64, help="tokens in a cache page (%(default)s)")
+    parser.add_argument("--threshold", type=numbers, metavar="T[,T]", help="confidence to leave, one or one per exit")
+    parser.add_argument("--measure", choices=("softmax", "margin"), help="confidence measure (softmax)")
+    parser.add_argument(
+        "--replay",
+        type=numbers,
+        metavar="F,F",
+        help="shares of tokens that leave at each exit, drawn from a seeded distribution instead of asking the heads",
+    )
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of weights, prompts and draws (%(default)s)")
+    parser.add_argument("--output-json", type=Path, metavar="FILE", help="write the result here too")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """Which model to build. `random` names a shape, `model` a checkpoint folder; one of them is None."""
+
+    model: str | None
+    random: str | None
+    dtype: str | None
+    exit_layers: tuple[int, ...] | None
+    page_size: int
+    seed: int
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> ModelOptions:
+        """From parsed `add_common_options`."""
+        return cls(args.model, args.random, args.dtype, args.exit_layers, args.page_size, args.seed)
+
+    @property
+    def name(self) -> str:
+        """What to call the model in a table."""
+        return self.random or Path(self.model or "").resolve().name
+
+    def build(self, max_model_len: int | None, max_num_seqs: int) -> LLM:
+        """Load or draw the weights."""
+        options = {
+            "dtype": self.dtype,
+            "max_model_len": max_model_len,
+            "max_num_seqs": max_num_seqs,
+            "page_size": self.page_size,
+            "seed": self.seed,
+        }
+        if self.random is None:
+            return LLM(self.model, exit_layers=self.exit_layers, **options)
+        config = shape(self.random, self.exit_layers)
+        return LLM.from_params(config, init_params(config, self.seed), **options)
+
+
+def early_exit_params(args: argparse.Namespace, config: ModelConfig) -> EarlyExitParams:
+    """What `--threshold`, `--measure` and `--replay` ask for, checked against the model's exits."""
+    if args.replay is not None:
+        if args.threshold is not None or args.measure is not None:
+            raise ConfigError("--replay draws the exits, so --threshold and --measure have no part in it")
+        chosen = replay_params(args.replay)
+    else:
+        threshold = (0.9,) if args.threshold is None else args.threshold
+        chosen = EarlyExitParams(threshold if len(threshold) > 1 else threshold[0], args.measure or "softmax")
+    chosen.thresholds_for(config)
+    return chosen
+
+
+def replay_params(shares: Sequence[float]) -> EarlyExitParams:
+    """Exits drawn so that a share `shares[i]` of all tokens leaves at exit `i`, and the rest run every block.
+
+    The `random` measure draws one uniform number per token, the same at every exit, so a token leaves at the first exit
+    whose threshold is one minus the shares up to there.
+    """
+    if not all(share >= 0 for share in shares) or sum(shares) > 1 + 1e-9:
+        raise ConfigError(f"--replay must be shares of at least 0 that sum to at most 1, got {tuple(shares)}")
+    # Rounded, so that 0.7 + 0.2 + 0.1 is 1 and leaves nobody; a share of zero keeps the threshold before it.
+    cumulative = [round(sum(shares[: i + 1]), 9) for i in range(len(shares))]
+    return EarlyExitParams(threshold=tuple(max(0.0, 1.0 - c) for c in cumulative), measure="random")
+
+
+def random_prompts(count: int, length: int, vocab_size: int, seed: int) -> list[dict[str, list[int]]]:
+    """`count` prompts of `length` random token ids; the lowest ids, often special, are left out."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(min(3, vocab_size - 1), vocab_size, (count, length))
+    return [{"prompt_token_ids": row} for row in ids.tolist()]
+
+
+def dtype_of(llm: LLM) -> jnp.dtype:
+    """Element type of the weights as they are served."""
+    return jax.tree.leaves(llm.engine.runner.params)[0].dtype
+
+
+def model_facts(llm: LLM, name: str, cost: ModelCost) -> dict[str, Any]:
+    """What a result says about its model."""
+    return {
+        "name": name,
+        "parameters": count_params(llm.engine.runner.params),
+        "dtype": str(dtype_of(llm)),
+        "n_layers": cost.n_layers,
+        "exit_layers": list(llm.config.model.exits.layers),
+        "head": llm.config.model.exits.head,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Ceiling:
+    """What limits a step, as measured in this run. Rates in bytes and operations per second."""
+
+    bandwidth: float
+    working_set: int
+    arithmetic: float
+
+    @classmethod
+    def measure(cls, step_bytes: float, dtype: jnp.dtype) -> Ceiling:
+        """Read bandwidth over 1 GiB; over `step_bytes` where so few may stay in the last-level cache between steps."""
+        cached = step_bytes <= machine.last_level_cache_bytes() / 2
+        working_set = max(2**20, round(step_bytes)) if cached else machine.GIB
+        return cls(machine.read_bandwidth(working_set, dtype.name), working_set, machine.arithmetic_rate(dtype.name))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "read_bandwidth_gb_s": self.bandwidth / 1e9,
+            "read_bandwidth_working_set_mib": self.working_set / 2**20,
+            "arithmetic_gop_s": self.arithmetic / 1e9,
+        }
+
+
+def percentiles(values: Sequence[float], scale: float = 1.0) -> dict[str, float]:
+    """Median, 90th and 99th percentile (linear interpolation) of `scale * values`."""
+    found = np.percentile(np.asarray(values) * scale, [50, 90, 99])
+    return dict(zip(("p50", "p90", "p99"), found.tolist(), strict=True))
+
+
+def median(values: Sequence[float]) -> float:
+    """The median."""
+    return statistics.median(values)
+
+
+def options_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of this run, ready for JSON."""
+    return {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+
+
+def table_row(name: str, modes: Mapping[str, Any], path: str, digits: int = 2, unit: float = 1.0) -> list[str]:
+    """One line of a table: the figure at the dotted `path` of each mode, divided by `unit`."""
+
+    def figure(mode: Any) -> str:
+        for key in path.split("."):
+            mode = mode[key]
+        return f"{mode / unit:.{digits}f}"
+
+    return [name, *map(figure, modes.values())]
+
+
+def show_table(
+    title: str,
+    modes: Mapping[str, Any],
+    rows: Sequence[Sequence[str]],
+    notes: Sequence[str],
+    ceiling: Mapping[str, float],
+) -> None:
+    """Print a column for each mode, then notes, the machine's ceilings, and whether the clock saw a compilation."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for i, column in enumerate(("", *modes)):
+        table.add_column(column.replace("_", " "), justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*row)
+    # A pipe has no width, and rich would wrap the title at 80 columns.
+    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=120)
+    console.print(table)
+    seen = (
+        f"read bandwidth {ceiling['read_bandwidth_gb_s']:.1f} GB/s (best pass over "
+        f"{ceiling['read_bandwidth_working_set_mib']:.0f} MiB), arithmetic "
+        f"{ceiling['arithmetic_gop_s']:.0f} G operations/s, both measured after the rounds"
+    )
+    for note in (*notes, seen):
+        console.print(note, markup=False, soft_wrap=True)
+    if any(mode["compilations_while_timed"] for mode in modes.values()):
+        console.print("WARNING: something was compiled while the clock ran", style="bold red")
+
+
+def finish(result: dict[str, Any], output_json: Path | None) -> None:
+    """Print the result as one line of JSON, the last one, and write it to `output_json` where given."""
+    text = json.dumps(_rounded(result), allow_nan=False)
+    if output_json is not None:
+        output_json.parent.mkdir(parents=True, exist_ok=True)
+        output_json.write_text(text + "\n")
+    print(text, flush=True)
+
+
+def _rounded(value: Any) -> Any:
+    """Floats to six significant digits, which is more than any of them is good for; not finite ones become null."""
+    if isinstance(value, dict):
+        return {key: _rounded(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(one) for one in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value

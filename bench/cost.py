@@ -1,0 +1,158 @@
+"""What a decoded token must read and compute, and the speed-up that early exit could give at best.
+
+Batch 1 is limited by memory: a token costs the bytes of the blocks it runs, of the heads it asks and of the keys and
+values it reads. In a batch the weights are read once for all rows, and a row's own cost is its arithmetic: 2 operations
+per weight of the blocks it runs and the heads it asks, plus attention over its own context. The ideal speed-up is the
+ratio of these costs, full depth over early exit, of the tokens that were really produced: it knows no fill-in of the
+skipped blocks' keys and values, no exit test beyond its head, no host work, and no row that waits for another.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from eejax.config import ModelConfig
+from eejax.model import count_params, param_shapes
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCost:
+    """What one decoded token needed.
+
+    Attributes:
+        exit_layer: blocks it ran.
+        context: positions that its attention read in each of them.
+        heads: exit points whose head it asked.
+    """
+
+    exit_layer: int
+    context: int
+    heads: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCost:
+    """Sizes of a model's parts.
+
+    Attributes:
+        block_params: parameters of one block.
+        fill_params: those of them that KV fill-in reads: the K and V projection.
+        head_params: parameters read when logits are computed at an exit point, by exit point.
+        kv_per_token: key and value elements of one token in one block.
+        attention_ops: arithmetic operations per query token, block and context position.
+        itemsize: bytes of one weight or cache element.
+    """
+
+    n_layers: int
+    block_params: int
+    fill_params: int
+    head_params: dict[int, int]
+    kv_per_token: int
+    attention_ops: int
+    itemsize: int
+
+    @classmethod
+    def of(cls, config: ModelConfig, itemsize: int) -> ModelCost:
+        """Sizes counted from the parameters of `config`, `itemsize` bytes each."""
+        shapes = param_shapes(config)
+        block = next(iter(shapes["blocks"].values()))
+        matrix = shapes["embedding" if config.tie_embeddings else "output"].size
+        heads = {config.n_layers: matrix + config.hidden_size}
+        for layer in config.exits.layers:
+            own = 0 if config.exits.head == "shared" else count_params(shapes["exits"][f"after_{layer}"])
+            norm = config.hidden_size if config.exits.head == "shared" else 0
+            heads[layer] = own + norm + (matrix if config.exits.tie_output else 0)
+        return cls(
+            n_layers=config.n_layers,
+            block_params=count_params(block),
+            fill_params=block["wkv"].size,
+            head_params=heads,
+            kv_per_token=2 * config.n_kv_heads * config.head_dim,
+            attention_ops=4 * config.n_heads * config.head_dim,
+            itemsize=itemsize,
+        )
+
+    def token_bytes(self, token: TokenCost) -> int:
+        """Bytes that a token alone in its batch must read."""
+        blocks = token.exit_layer * (self.block_params + token.context * self.kv_per_token)
+        return self.itemsize * (blocks + sum(self.head_params[e] for e in token.heads))
+
+    def fill_bytes(self, token: TokenCost) -> int:
+        """Bytes of weights that filling in the keys and values of this token's skipped blocks reads."""
+        return self.itemsize * (self.n_layers - token.exit_layer) * self.fill_params
+
+    def token_ops(self, token: TokenCost) -> int:
+        """Arithmetic operations (additions and multiplications) that a token needs."""
+        blocks = token.exit_layer * (2 * self.block_params + token.context * self.attention_ops)
+        return blocks + 2 * sum(self.head_params[e] for e in token.heads)
+
+    def step_bytes(self, blocks: float, heads: float, kv_positions: float) -> float:
+        """Bytes that one step of a batch reads: weights of blocks and heads once, keys and values of every row.
+
+        Args:
+            blocks: blocks the batch runs, mean over steps.
+            heads: heads it asks, mean over steps.
+            kv_positions: sum over rows of blocks run times context length, mean over steps.
+        """
+        head = self.head_params[self.n_layers]
+        return self.itemsize * (blocks * self.block_params + heads * head + kv_positions * self.kv_per_token)
+
+
+def heads_asked(
+    exit_points: Sequence[int], thresholds: Sequence[float], measure: str, exit_layer: int
+) -> tuple[int, ...]:
+    """Exit points whose head a token asks on its way to `exit_layer`.
+
+    Args:
+        exit_points: exit layers, then the number of blocks.
+        thresholds: one per exit layer; infinite where the request may not leave.
+        measure: `random` asks no head to decide, only the last one for its logits.
+    """
+    if measure == "random":
+        return (exit_layer,)
+    asked = [e for e, t in zip(exit_points[:-1], thresholds, strict=True) if e < exit_layer and math.isfinite(t)]
+    return (*asked, exit_layer)
+
+
+def decoded_tokens(
+    exit_layers: Sequence[int],
+    input_len: int,
+    exit_points: Sequence[int],
+    thresholds: Sequence[float],
+    measure: str,
+) -> list[TokenCost]:
+    """Costs of one answer's decoded tokens. Its first token comes from prefill and is left out.
+
+    Answer token `i` is decoded from a context of the prompt and the `i` answer tokens before it.
+    """
+    return [
+        TokenCost(layer, input_len + i, heads_asked(exit_points, thresholds, measure, layer))
+        for i, layer in enumerate(exit_layers)
+        if i > 0
+    ]
+
+
+def at_full_depth(tokens: Iterable[TokenCost], n_layers: int) -> list[TokenCost]:
+    """The same tokens, had each run every block and asked the last head alone."""
+    return [TokenCost(n_layers, token.context, (n_layers,)) for token in tokens]
+
+
+def ideal_from_bytes(cost: ModelCost, tokens: Sequence[TokenCost]) -> float:
+    """Ideal speed-up of a token alone in its batch."""
+    full = sum(map(cost.token_bytes, at_full_depth(tokens, cost.n_layers)))
+    return full / sum(map(cost.token_bytes, tokens))
+
+
+def ideal_from_operations(cost: ModelCost, tokens: Sequence[TokenCost], extra: int = 0) -> float:
+    """Ideal speed-up of rows in a batch; `extra` operations, prefill say, are the same in both."""
+    full = sum(map(cost.token_ops, at_full_depth(tokens, cost.n_layers)))
+    return (full + extra) / (sum(map(cost.token_ops, tokens)) + extra)
+
+
+def prefill_ops(cost: ModelCost, input_len: int) -> int:
+    """Arithmetic operations of one prompt's prefill at full depth, logits of its last token only."""
+    attention = cost.attention_ops * input_len * (input_len + 1) // 2
+    blocks = cost.n_layers * (2 * cost.block_params * input_len + attention)
+    return blocks + 2 * cost.head_params[cost.n_layers]

@@ -1,0 +1,44 @@
+"""eejax: early-exit language models in JAX, with a paged KV cache and continuous batching."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from eejax.errors import (
+    CapacityError,
+    CheckpointError,
+    ConfigError,
+    EejaxError,
+    InvalidRequestError,
+    TokenizerError,
+)
+from eejax.params import DecayingThreshold, EarlyExitParams, SamplingParams
+from eejax.request import CompletionOutput, RequestOutput
+
+if TYPE_CHECKING:
+    from eejax.llm import LLM, StreamDelta
+
+__all__ = [
+    "LLM",
+    "CapacityError",
+    "CheckpointError",
+    "CompletionOutput",
+    "ConfigError",
+    "DecayingThreshold",
+    "EarlyExitParams",
+    "EejaxError",
+    "InvalidRequestError",
+    "RequestOutput",
+    "SamplingParams",
+    "StreamDelta",
+    "TokenizerError",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Import what needs jax only when it is used, so that parameters and `--help` stay quick."""
+    if name in ("LLM", "StreamDelta"):
+        from eejax import llm
+
+        return getattr(llm, name)
+    raise AttributeError(f"module 'eejax' has no attribute {name!r}")

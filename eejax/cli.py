@@ -1,0 +1,389 @@
+"""The command line: `eejax generate`, `eejax info`, `eejax demo`. Flags carry the names of the fields they set.
+
+jax is imported inside the commands, so that `--help` and a mistyped flag answer at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from eejax.errors import ConfigError, EejaxError, TokenizerError
+from eejax.params import DecayingThreshold, EarlyExitParams, SamplingParams
+from eejax.prompts import read_prompts
+from eejax.request import CompletionOutput, RequestOutput
+
+if TYPE_CHECKING:
+    from eejax.llm import LLM
+
+app = typer.Typer(
+    help="Inference for early-exit language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+EXITS, SAMPLING, ENGINE = "Early exit", "Sampling", "Engine"
+
+CheckpointPath = Annotated[Path, typer.Argument(metavar="PATH", help="Checkpoint folder.", show_default=False)]
+Threshold = Annotated[
+    str | None,
+    typer.Option(
+        metavar="T[,T]",
+        help="Confidence at which a token leaves: one, or one per exit. Above 1 is full depth.  [default: 0.9]",
+        rich_help_panel=EXITS,
+    ),
+]
+Measure = Annotated[
+    str | None, typer.Option(help="softmax or margin.  [default: softmax]", metavar="NAME", rich_help_panel=EXITS)
+]
+MinLayers = Annotated[
+    int | None, typer.Option(help="Blocks that every token runs at least.", rich_help_panel=EXITS, show_default=False)
+]
+ExitLayers = Annotated[
+    str | None,
+    typer.Option(metavar="E[,E]", help="Exits to use instead of the checkpoint's own.", rich_help_panel=EXITS),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="float32, bfloat16 or float16; by default as suits the device.", rich_help_panel=ENGINE
+    ),
+]
+MaxModelLen = Annotated[
+    int | None, typer.Option(help="Tokens of prompt and answer together.", rich_help_panel=ENGINE, show_default=False)
+]
+
+
+def main() -> None:
+    """Console entry point."""
+    app()
+
+
+@contextmanager
+def reported_errors() -> Iterator[None]:
+    """Turn what a user can act on into one red line on stderr and exit code 2; an interruption into code 130."""
+    try:
+        yield
+    except EejaxError as error:
+        print_error(error)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt as error:
+        Console(stderr=True).print("interrupted", style="yellow")
+        raise typer.Exit(130) from error
+
+
+def print_error(error: EejaxError) -> None:
+    """One line on stderr, red where stderr has colours."""
+    text = " ".join(str(error).split())
+    Console(stderr=True, highlight=False).print(f"error: {text}", style="bold red", markup=False, soft_wrap=True)
+
+
+@app.command()
+def generate(
+    path: CheckpointPath,
+    prompt: Annotated[
+        list[str] | None, typer.Argument(help="Prompts; stdin is one prompt where none is given.")
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option(help='Prompts, one a line; in a .jsonl file, objects with a "prompt".')
+    ] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Prompts as they are, without the chat template.")] = False,
+    stream: Annotated[bool, typer.Option("--stream", help="Print answers while they are made.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, with exit layers.")] = False,
+    threshold: Threshold = None,
+    measure: Measure = None,
+    tau: Annotated[
+        float | None,
+        typer.Option(
+            help="Let the threshold decay along the answer (CALM).", rich_help_panel=EXITS, show_default=False
+        ),
+    ] = None,
+    min_layers: MinLayers = None,
+    exit_layers: ExitLayers = None,
+    full_depth: Annotated[
+        bool, typer.Option("--full-depth", help="Run every block for every token.", rich_help_panel=EXITS)
+    ] = False,
+    max_tokens: Annotated[int, typer.Option(help="Answer tokens at the most.", rich_help_panel=SAMPLING)] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", rich_help_panel=SAMPLING)] = 0.0,
+    top_p: Annotated[float, typer.Option(help="1 keeps all tokens.", rich_help_panel=SAMPLING)] = 1.0,
+    top_k: Annotated[int, typer.Option(help="0 keeps all tokens.", rich_help_panel=SAMPLING)] = 0,
+    min_p: Annotated[float, typer.Option(help="0 keeps all tokens.", rich_help_panel=SAMPLING)] = 0.0,
+    n: Annotated[int, typer.Option("--n", "-n", help="Answers to each prompt.", rich_help_panel=SAMPLING)] = 1,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="String that ends the answer; may be repeated.", rich_help_panel=SAMPLING)
+    ] = None,
+    stop_token_ids: Annotated[
+        str | None, typer.Option(metavar="ID[,ID]", help="Tokens that end the answer.", rich_help_panel=SAMPLING)
+    ] = None,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on after the end token.", rich_help_panel=SAMPLING)
+    ] = False,
+    seed: Annotated[int | None, typer.Option(help="Seed of sampling.", rich_help_panel=SAMPLING)] = None,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(help="With --json: log-probabilities of so many likeliest tokens.", rich_help_panel=SAMPLING),
+    ] = None,
+    dtype: Dtype = None,
+    max_model_len: MaxModelLen = None,
+    max_num_seqs: Annotated[int, typer.Option(help="Sequences decoded together.", rich_help_panel=ENGINE)] = 32,
+    num_pages: Annotated[
+        int | None, typer.Option(help="Pages of the KV cache.", rich_help_panel=ENGINE, show_default=False)
+    ] = None,
+    page_size: Annotated[int, typer.Option(help="Tokens in a page.", rich_help_panel=ENGINE)] = 64,
+) -> None:
+    """Answer prompts."""
+    with reported_errors():
+        params = SamplingParams(
+            n=n,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            max_tokens=max_tokens,
+            stop=tuple(stop or ()),
+            stop_token_ids=integers("--stop-token-ids", stop_token_ids) or (),
+            ignore_eos=ignore_eos,
+            seed=seed,
+            logprobs=logprobs,
+            early_exit=early_exit_params(full_depth, threshold, measure, tau, min_layers),
+        )
+        if stream and n != 1:
+            raise ConfigError(f"--stream shows one answer to each prompt, so --n must be 1, got {n}")
+        if logprobs is not None and (stream or not as_json):
+            raise ConfigError("--logprobs is reported with --json and without --stream")
+        texts = prompts_from(prompt or [], file)
+        llm = load(
+            path,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            num_pages=num_pages,
+            page_size=page_size,
+            exit_layers=integers("--exit-layers", exit_layers),
+        )
+        prompts = texts if raw else [in_chat_template(llm, text) for text in texts]
+        answer = _stream if stream else _answer_all
+        if not answer(llm, texts, prompts, params, as_json):
+            raise typer.Exit(2)
+
+
+@app.command()
+def info(
+    path: CheckpointPath,
+    dtype: Dtype = None,
+    page_size: Annotated[int, typer.Option(help="Tokens in a page.", rich_help_panel=ENGINE)] = 64,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Say what a checkpoint holds and what serving it takes."""
+    with reported_errors():
+        from eejax.info import describe, print_description
+
+        found = describe(path, dtype, page_size)
+        if as_json:
+            print(json.dumps(found))
+        else:
+            print_description(found)
+
+
+@app.command()
+def demo(
+    path: Annotated[
+        Path | None,
+        typer.Argument(help="Checkpoint folder; the repository's demo model by default.", show_default=False),
+    ] = None,
+    file: Annotated[Path | None, typer.Option(help="Other prompts, as for generate.")] = None,
+    threshold: Threshold = None,
+    measure: Measure = None,
+    min_layers: MinLayers = None,
+    exit_layers: ExitLayers = None,
+    max_tokens: Annotated[int, typer.Option(help="Answer tokens at the most.", rich_help_panel=SAMPLING)] = 96,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds for the table; medians are shown.")] = 3,
+    dtype: Dtype = None,
+    max_model_len: MaxModelLen = None,
+) -> None:
+    """A short tour: answers shaded by exit layer, then early exit beside full depth."""
+    with reported_errors():
+        early_exit = early_exit_params(False, threshold, measure, None, min_layers)
+        from eejax.demo import DEMO_PROMPTS, demo_path, tour
+
+        folder = demo_path() if path is None else path
+        texts = read_prompts(DEMO_PROMPTS if file is None else file)
+        llm = load(
+            folder,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            max_num_seqs=1,
+            exit_layers=integers("--exit-layers", exit_layers),
+        )
+        prompts = [in_chat_template(llm, text) for text in texts]
+        tour(
+            llm, texts, prompts, SamplingParams(temperature=0.0, max_tokens=max_tokens, early_exit=early_exit), repeats
+        )
+
+
+def load(path: Path, **options: Any) -> LLM:
+    """The model in `path`, with a line on stderr while it loads."""
+    # A refused request is reported by its own red line, not by the library's warning as well.
+    logging.getLogger("eejax").addHandler(logging.NullHandler())
+    console = Console(stderr=True)
+    with console.status(f"loading {path}"):
+        from eejax.llm import LLM
+
+        return LLM(path, **options)
+
+
+def in_chat_template(llm: LLM, text: str) -> str:
+    """`text` as the user's message of a conversation, as the checkpoint's template writes it."""
+    if llm.tokenizer is None:
+        raise TokenizerError("this model has no tokenizer")
+    return llm.tokenizer.apply_chat_template([{"role": "user", "content": text}])
+
+
+def prompts_from(given: Sequence[str], file: Path | None) -> list[str]:
+    """Prompts of the command line, of `--file`, or of stdin."""
+    if given and file is not None:
+        raise ConfigError("give prompts or --file, not both")
+    if file is not None:
+        return read_prompts(file)
+    if given:
+        return list(given)
+    if sys.stdin.isatty():
+        raise ConfigError("there is no prompt: give one, or --file, or pipe one in")
+    text = sys.stdin.read().removesuffix("\n")
+    if not text.strip():
+        raise ConfigError("there is no prompt: stdin is empty")
+    return [text]
+
+
+def early_exit_params(
+    full_depth: bool, threshold: str | None, measure: str | None, tau: float | None, min_layers: int | None
+) -> EarlyExitParams | None:
+    """What the flags ask for; flags not given keep the defaults of `EarlyExitParams`."""
+    flags = {"--threshold": threshold, "--measure": measure, "--tau": tau, "--min-layers": min_layers}
+    given = [name for name, value in flags.items() if value is not None]
+    if full_depth and given:
+        raise ConfigError(f"--full-depth runs every block, so {', '.join(given)} cannot be given with it")
+    if full_depth:
+        return None
+    chosen: dict[str, Any] = {}
+    if threshold is not None:
+        values = numbers("--threshold", threshold)
+        chosen["threshold"] = values if len(values) > 1 else values[0]
+    if tau is not None:
+        chosen["threshold"] = DecayingThreshold(chosen.get("threshold", EarlyExitParams().threshold), tau)
+    if measure is not None:
+        chosen["measure"] = measure
+    if min_layers is not None:
+        chosen["min_layers"] = min_layers
+    return EarlyExitParams(**chosen)
+
+
+def numbers(flag: str, text: str) -> tuple[float, ...]:
+    """`0.8,0.9` as numbers."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"{flag} must be numbers with commas between them, got {text!r}") from None
+
+
+def integers(flag: str, text: str | None) -> tuple[int, ...] | None:
+    """`4,8` as integers; None stays None."""
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"{flag} must be integers with commas between them, got {text!r}") from None
+
+
+def _answer_all(llm: LLM, texts: list[str], prompts: list[str], params: SamplingParams, as_json: bool) -> bool:
+    """Answer all prompts together and print them in order. Returns whether all could be served."""
+    start = time.perf_counter()
+    outputs = llm.generate(prompts, params, use_tqdm=len(prompts) > 1 and sys.stderr.isatty())
+    seconds = time.perf_counter() - start
+    several = len(prompts) * params.n > 1
+    for number, (text, output) in enumerate(zip(texts, outputs, strict=True), start=1):
+        if as_json:
+            print(json.dumps(as_mapping(text, output), ensure_ascii=False))
+        else:
+            for answer in output.outputs:
+                if several:
+                    print(f"--- prompt {number}" + (f", answer {answer.index + 1}" if params.n > 1 else ""))
+                print(answer.text)
+        if output.error is not None:
+            print_error(output.error)
+    answers = [answer for output in outputs for answer in output.outputs]
+    print_summary(llm, [layer for answer in answers for layer in answer.exit_layers[1:]], len(answers), seconds)
+    return all(output.error is None for output in outputs)
+
+
+def _stream(llm: LLM, texts: list[str], prompts: list[str], params: SamplingParams, as_json: bool) -> bool:
+    """Answer one prompt after the other, printing what is new. Returns whether all could be served."""
+    start = time.perf_counter()
+    layers: list[int] = []
+    served = 0
+    for number, prompt in enumerate(prompts, start=1):
+        if len(texts) > 1 and not as_json:
+            print(f"--- prompt {number}")
+        try:
+            seen: list[int] = []
+            for delta in llm.stream(prompt, params):
+                seen += delta.exit_layers
+                if as_json:
+                    print(
+                        json.dumps({"prompt_index": number - 1, **dataclasses.asdict(delta)}, ensure_ascii=False),
+                        flush=True,
+                    )
+                else:
+                    print(delta.text, end="", flush=True)
+            layers += seen[1:]
+            served += 1
+            if not as_json:
+                print()
+        except EejaxError as error:
+            print_error(error)
+    print_summary(llm, layers, served, time.perf_counter() - start)
+    return served == len(prompts)
+
+
+def as_mapping(text: str, output: RequestOutput) -> dict[str, Any]:
+    """One prompt's line of `--json`."""
+    return {
+        "prompt": text,
+        "prompt_token_ids": output.prompt_token_ids,
+        "outputs": [_answer_mapping(answer) for answer in output.outputs],
+        "error": None if output.error is None else str(output.error),
+    }
+
+
+def _answer_mapping(answer: CompletionOutput) -> dict[str, Any]:
+    found = {
+        "text": answer.text,
+        "token_ids": answer.token_ids,
+        "exit_layers": answer.exit_layers,
+        "finish_reason": answer.finish_reason,
+    }
+    if answer.logprobs is not None:
+        found["logprobs"] = [{token: one.logprob for token, one in step.items()} for step in answer.logprobs]
+    return found
+
+
+def print_summary(llm: LLM, layers: Sequence[int], answers: int, seconds: float) -> None:
+    """On stderr: tokens, rate, and how deep decoding went. `layers` leave out each answer's first token, from prefill."""
+    tokens, depth = len(layers) + answers, llm.config.model.n_layers
+    text = f"{tokens} tokens in {seconds:.2f} s (compilation and prefill included)"
+    if layers:
+        mean = sum(layers) / len(layers)
+        text += f"; {mean:.2f} of {depth} blocks a decoded token, {1 - mean / depth:.0%} skipped"
+    Console(stderr=True, highlight=False).print(text, style="dim", soft_wrap=True)

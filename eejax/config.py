@@ -1,0 +1,275 @@
+"""Frozen configuration objects, validated on construction. Nothing here imports jax."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, Self, get_args
+
+from eejax.errors import ConfigError
+
+ExitHeadKind = Literal["shared", "norm", "mlp"]
+
+MIN_PREFILL_BUCKET = 16
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `ConfigError(message)` unless `condition` holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def require_positive_int(owner: str, **values: object) -> None:
+    """Raise `ConfigError` for any value that is not an int of at least 1."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{owner}.{name} must be an integer of at least 1, got {value!r}")
+
+
+def named_options[T](cls: type[T]) -> type[T]:
+    """Class decorator: an option that the constructor does not know raises `ConfigError` listing those it does."""
+    init = cls.__init__
+    allowed = [name for name in inspect.signature(init).parameters if name != "self"]
+
+    @functools.wraps(init)
+    def checked(self: T, *args: Any, **options: Any) -> None:
+        unknown = [name for name in options if name not in allowed]
+        require(not unknown, f"{cls.__name__} has no option {', '.join(unknown)}; allowed: {', '.join(allowed)}")
+        init(self, *args, **options)
+
+    cls.__init__ = checked
+    return cls
+
+
+def from_mapping[T](cls: type[T], values: dict[str, Any]) -> T:
+    """Build a dataclass from a mapping; unknown or missing keys raise `ConfigError` naming them."""
+    known = {field.name: field for field in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
+    unknown = sorted(set(values) - set(known))
+    require(not unknown, f"{cls.__name__} has no option {', '.join(unknown)}; allowed: {', '.join(sorted(known))}")
+    missing = [
+        name
+        for name, field in known.items()
+        if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    require(not missing, f"{cls.__name__} needs {', '.join(missing)}")
+    return cls(**values)
+
+
+@dataclass(frozen=True, slots=True)
+class RopeScaling:
+    """Llama-3 rotary frequency scaling (`rope_type: llama3` in Hugging Face configurations)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position: int
+
+    def __post_init__(self) -> None:
+        require_positive_int("RopeScaling", original_max_position=self.original_max_position)
+        require(self.factor >= 1, f"RopeScaling.factor must be at least 1, got {self.factor!r}")
+        require(
+            0 < self.low_freq_factor < self.high_freq_factor,
+            "RopeScaling needs 0 < low_freq_factor < high_freq_factor, got "
+            f"{self.low_freq_factor!r} and {self.high_freq_factor!r}",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ExitConfig:
+    """Where tokens may leave, and through which head.
+
+    Attributes:
+        layers: numbers of blocks after which an exit stands, ascending, each in `1..n_layers-1`.
+        head: `shared` reads the final norm and LM head (LayerSkip, arXiv 2404.16710); `norm` has a norm of its own;
+            `mlp` has a norm of its own and an MLP that stands beside the exit block's MLP and is fed the same
+            residual (EE-LLM, arXiv 2312.04916).
+        tie_output: the exits share the LM head's matrix; otherwise each has its own (`norm` and `mlp` only).
+    """
+
+    layers: tuple[int, ...] = ()
+    head: ExitHeadKind = "shared"
+    tie_output: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))
+        for layer in self.layers:
+            require_positive_int("ExitConfig", layers=layer)
+        require(
+            all(a < b for a, b in zip(self.layers, self.layers[1:], strict=False)),
+            f"ExitConfig.layers must be ascending without repeats, got {self.layers}",
+        )
+        kinds = get_args(ExitHeadKind)
+        require(self.head in kinds, f"ExitConfig.head must be one of {', '.join(kinds)}, got {self.head!r}")
+        require(
+            self.tie_output or self.head != "shared",
+            "ExitConfig: a shared head has no output matrix of its own, so tie_output must be true",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Shape of a Llama-family decoder with exits. Sizes in elements; weights are stored `[out, in]`."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    max_position: int = 2048
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    attention_bias: bool = False
+    qk_norm: bool = False
+    exits: ExitConfig = ExitConfig()
+
+    def __post_init__(self) -> None:
+        require_positive_int(
+            "ModelConfig",
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            n_layers=self.n_layers,
+            n_heads=self.n_heads,
+            n_kv_heads=self.n_kv_heads,
+            head_dim=self.head_dim,
+            max_position=self.max_position,
+        )
+        require(
+            self.n_heads % self.n_kv_heads == 0,
+            f"ModelConfig.n_heads ({self.n_heads}) must be a multiple of n_kv_heads ({self.n_kv_heads})",
+        )
+        require(self.head_dim % 2 == 0, f"ModelConfig.head_dim must be even for rotary embedding, got {self.head_dim}")
+        require(
+            math.isfinite(self.rope_theta) and self.rope_theta > 0,
+            f"ModelConfig.rope_theta must be positive, got {self.rope_theta!r}",
+        )
+        require(0 < self.norm_eps < 1, f"ModelConfig.norm_eps must lie in (0, 1), got {self.norm_eps!r}")
+        bad = [layer for layer in self.exits.layers if layer >= self.n_layers]
+        require(
+            not bad,
+            f"exit layers {bad} do not exist: a model of {self.n_layers} blocks can exit after blocks "
+            f"1 to {self.n_layers - 1}",
+        )
+
+    @property
+    def exit_points(self) -> tuple[int, ...]:
+        """Every depth at which logits may be read: the exit layers, then `n_layers`."""
+        return (*self.exits.layers, self.n_layers)
+
+    @property
+    def segments(self) -> tuple[range, ...]:
+        """Block indices of each segment: the blocks between neighbouring exit points."""
+        starts = (0, *self.exits.layers)
+        return tuple(range(a, b) for a, b in zip(starts, self.exit_points, strict=True))
+
+    @property
+    def exit_names(self) -> tuple[str, ...]:
+        """Names of the exits' own parameters, one per exit layer (heads other than `shared`)."""
+        return tuple(f"after_{layer}" for layer in self.exits.layers)
+
+    def with_exit_layers(self, layers: tuple[int, ...] | list[int]) -> Self:
+        """The same model with other exits. Heads other than `shared` are trained, so only a subset can be chosen."""
+        layers = tuple(sorted(set(layers)))
+        if self.exits.head != "shared":
+            unknown = [layer for layer in layers if layer not in self.exits.layers]
+            require(
+                not unknown,
+                f"this checkpoint has no {self.exits.head!r} exit head after blocks {unknown}; it has them after "
+                f"{self.exits.layers}",
+            )
+        return dataclasses.replace(self, exits=dataclasses.replace(self.exits, layers=layers))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-ready mapping; `from_dict` reads it back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Inverse of `to_dict`. Raises `ConfigError` naming unknown, missing or invalid options."""
+        values = dict(values)
+        if values.get("rope_scaling") is not None:
+            values["rope_scaling"] = from_mapping(RopeScaling, values["rope_scaling"])
+        if "exits" in values:
+            values["exits"] = from_mapping(ExitConfig, values["exits"])
+        return from_mapping(cls, values)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheConfig:
+    """The paged KV cache: `num_pages` pages of `page_size` tokens for every block."""
+
+    num_pages: int
+    page_size: int = 64
+
+    def __post_init__(self) -> None:
+        require_positive_int("CacheConfig", num_pages=self.num_pages, page_size=self.page_size)
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """How requests are admitted and how long the device runs between two decisions.
+
+    Attributes:
+        max_num_seqs: slots: sequences that decode together at the most.
+        max_chunk_steps: decode steps in one device call at the most.
+        max_prefill_tokens: prompt tokens prefilled between two decode chunks, so that running rows do not stall.
+            A single longer prompt is still taken whole.
+    """
+
+    max_num_seqs: int = 32
+    max_chunk_steps: int = 16
+    max_prefill_tokens: int = 2048
+
+    def __post_init__(self) -> None:
+        require_positive_int(
+            "SchedulerConfig",
+            max_num_seqs=self.max_num_seqs,
+            max_chunk_steps=self.max_chunk_steps,
+            max_prefill_tokens=self.max_prefill_tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Everything an engine is built from besides the weights.
+
+    Attributes:
+        max_model_len: tokens of prompt and answer together at the most; never above `model.max_position`.
+        prefill_chunk: prompt tokens in one prefill call at the most, a power of two of at least 16.
+        seed: seeds requests that bring no seed of their own.
+    """
+
+    model: ModelConfig
+    cache: CacheConfig
+    scheduler: SchedulerConfig = SchedulerConfig()
+    max_model_len: int = 2048
+    prefill_chunk: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_positive_int("EngineConfig", max_model_len=self.max_model_len, prefill_chunk=self.prefill_chunk)
+        require(
+            self.max_model_len <= self.model.max_position,
+            f"max_model_len {self.max_model_len} is above the model's {self.model.max_position} positions",
+        )
+        chunk = self.prefill_chunk
+        require(
+            chunk >= MIN_PREFILL_BUCKET and chunk & (chunk - 1) == 0,
+            f"prefill_chunk must be a power of two of at least {MIN_PREFILL_BUCKET}, got {chunk}",
+        )
+        require(
+            not isinstance(self.seed, bool) and isinstance(self.seed, int) and 0 <= self.seed < 2**32,
+            f"seed must be an integer in 0..2**32-1, got {self.seed!r}",
+        )
+
+    @property
+    def pages_per_seq(self) -> int:
+        """Width of a page table row: pages that the longest sequence takes."""
+        return -(-self.max_model_len // self.cache.page_size)

@@ -1,0 +1,133 @@
+"""Token ids to text as they come, up to the first stop string. No jax here."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+REPLACEMENT = "\ufffd"
+"""What tokenizers show for bytes that are not UTF-8, and for those of a character that is not complete yet."""
+
+MAX_UNDECIDED = 3
+"""Bytes of a UTF-8 character that may have come while the last is still missing: as many replacement characters."""
+
+WINDOW = 32
+"""Tokens decoded again for each new one, at the most as a rule."""
+
+
+class Decoder(Protocol):
+    """The half of a tokenizer that is needed here."""
+
+    def decode(self, ids: list[int], skip_special: bool = True) -> str:
+        """Text of these tokens, without the special ones."""
+        ...
+
+
+class Detokenizer:
+    """Streams the text of one answer.
+
+    The pieces that `append` and `finish` return make up, put together, `tokenizer.decode(all ids)` up to the first stop
+    string: the one completed first, and of those completed by the same character the longest. What is returned never
+    has to be taken back: a character whose bytes are incomplete is held back, and so is what may begin a stop string.
+
+    How it works. A token's text depends on those before it only in two ways: leading whitespace may be stripped
+    while the text is empty, and bytes of one character may be spread over several tokens. So it is enough to decode a
+    window of the latest tokens, if the window begins with some text whose beginning does not matter. What is not
+    decided yet shows as up to three replacement characters at its end. (One decoder is no function of this kind: the
+    `ByteFallback` of Hugging Face replaces a whole run of byte tokens when one of them is invalid. After invalid bytes
+    the text keeps what had been shown.)
+
+    Attributes:
+        stopped: the stop string that was completed, None while there is none. Tokens after it change nothing.
+    """
+
+    def __init__(self, tokenizer: Decoder, stop: tuple[str, ...] = ()) -> None:
+        self.stopped: str | None = None
+        self._tokenizer = tokenizer
+        self._stop = stop
+        self._longest_stop = max(map(len, stop), default=0)
+        self._shown: list[str] = []
+        self._held = ""  # decided, but it may begin a stop string
+        self._done = False
+        self._window: list[int] = []
+        self._text = ""  # of the window
+        self._taken = ""  # its beginning, which has been passed on
+        self._settled: list[int] = []  # lengths of the window at which nothing was undecided
+        self._silent: list[int] = []  # the latest tokens as far as they did not change the text
+        self._limit = WINDOW
+
+    @property
+    def text(self) -> str:
+        """All text returned so far."""
+        self._shown = ["".join(self._shown)]
+        return self._shown[0]
+
+    def append(self, token_id: int) -> str:
+        """Take one more token; returns the text that can now be shown, often empty or longer than the token's own."""
+        if self._done:
+            return ""
+        self._window.append(token_id)
+        text = self._tokenizer.decode(self._window)
+        if text != self._text:
+            self._silent = []
+        elif self._silent.count(token_id) < 2:
+            self._silent.append(token_id)
+        else:
+            # Special tokens without end must not fill the window. Bytes may leave the text as it is too (a decoder
+            # that shows one replacement character for three bytes), but not three times the same.
+            self._window.pop()
+            return ""
+        self._text = text
+        undecided = min(MAX_UNDECIDED, len(text) - len(text.rstrip(REPLACEMENT)))
+        if not undecided:
+            self._settled.append(len(self._window))
+        new = ""
+        if not undecided or text.startswith(self._taken):
+            new = text[len(self._taken) : len(text) - undecided]
+            self._taken += new
+        if len(self._window) >= self._limit:
+            self._slide()
+        return self._show(new)
+
+    def finish(self) -> str:
+        """No token follows: returns what was held back. It may complete a stop string, see `stopped`."""
+        if self._done:
+            return ""
+        shown = self._show(self._text[len(self._taken) :])
+        if self.stopped is None:
+            self._shown.append(self._held)
+            shown += self._held
+        self._done = True
+        return shown
+
+    def _slide(self) -> None:
+        """Drop about the older half of the window, if what is left still tells what follows."""
+        half = len(self._window) // 2
+        start = max((length for length in self._settled if length <= half), default=half)
+        text = self._tokenizer.decode(self._window[start:])
+        taken = len(text) - (len(self._text) - len(self._taken))
+        # A window that begins inside a character is wrong in its first characters, three at the most, then never again.
+        if taken > MAX_UNDECIDED and text[taken - 1 :] == self._text[len(self._taken) - 1 :]:
+            del self._window[:start]
+            self._settled = [length - start for length in self._settled if length > start]
+            self._text, self._taken = text, text[:taken]
+        self._limit = max(WINDOW, 2 * len(self._window))
+
+    def _show(self, new: str) -> str:
+        """Pass on decided text as far as no stop string is in it, nor begins at its end."""
+        text = self._held + new  # no stop string begins further left: that part has been ruled out
+        found = [(at + len(stop), at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
+        if found:
+            _, end, self.stopped = min(found)
+            self._done = True
+        else:
+            end = self._first_possible_stop(text)
+        shown, self._held = text[:end], text[end:]
+        self._shown.append(shown)
+        return shown
+
+    def _first_possible_stop(self, text: str) -> int:
+        """Where the longest end of `text` that begins a stop string starts; its length if there is none."""
+        for start in range(max(0, len(text) - self._longest_stop + 1), len(text)):
+            if any(stop.startswith(text[start:]) for stop in self._stop):
+                return start
+        return len(text)

@@ -1,0 +1,95 @@
+"""Confidence measures and thresholds: who may leave at an exit.
+
+To add a measure: name it in `eejax.params.Measure` and compute it in `confidence`, from what `Observation` carries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from eejax.params import Measure
+
+MEASURES: tuple[str, ...] = get_args(Measure)
+"""A row's measure travels to the device as an index into this."""
+NEEDS_LOGITS = frozenset({"softmax", "margin"})
+
+RANDOM_STREAM = 1
+"""Sets the `random` measure's draws apart from the sampler's, which use the same per-token keys."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
+class ExitRows:
+    """Per-row exit parameters, fixed for a request.
+
+    Attributes:
+        thresholds: `inf` where the row may not leave at that exit (E exits, ascending).
+        measure: index into `MEASURES`.
+        tau: decay of CALM eq. 5, per answer; negative for a constant threshold.
+        horizon: the N of that equation, the request's `max_tokens`.
+        keys: raw random key of the row's request.
+    """
+
+    thresholds: Float[Array, "E B"]
+    measure: Int[Array, " B"]
+    tau: Float[Array, " B"]
+    horizon: Float[Array, " B"]
+    keys: UInt32[Array, "B 2"]
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What measures may look at, at one exit: its logits (of rows whose measure needs them) and the draw per token."""
+
+    logits: Float[Array, "V B"]
+    uniform: Float[Array, " B"]
+
+
+def uses(rows: ExitRows, names: frozenset[str]) -> Bool[Array, " B"]:
+    """Which rows use one of the named measures."""
+    return jnp.isin(rows.measure, jnp.array([i for i, name in enumerate(MEASURES) if name in names]))
+
+
+def may_leave(rows: ExitRows, exit_index: int) -> Bool[Array, " B"]:
+    """Which rows take part in the test at an exit at all."""
+    return jnp.isfinite(rows.thresholds[exit_index])
+
+
+def thresholds_at(rows: ExitRows, exit_index: int, step: Int[Array, " B"]) -> Float[Array, " B"]:
+    """Thresholds for answer token number `step` (from 0) at one exit; `DecayingThreshold` gives the formula."""
+    base = rows.thresholds[exit_index]
+    decayed = 0.9 * base + 0.1 * jnp.exp(-rows.tau * step.astype(jnp.float32) / rows.horizon)
+    return jnp.where(rows.tau < 0, base, jnp.clip(decayed, 0.0, 1.0))
+
+
+def token_keys(rows: ExitRows, step: Int[Array, " B"]) -> Array:
+    """One random key per row for answer token number `step`: a function of the request alone, not of its batch."""
+    return jax.vmap(lambda data, t: jax.random.fold_in(jax.random.wrap_key_data(data), t))(rows.keys, step)
+
+
+def uniform_draw(rows: ExitRows, step: Int[Array, " B"]) -> Float[Array, " B"]:
+    """The `random` measure: one number in [0, 1) per row and token, the same at every exit."""
+    return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, RANDOM_STREAM)))(token_keys(rows, step))
+
+
+def top_probabilities(logits: Float[Array, "V B"]) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+    """The two largest probabilities of each row."""
+    ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 0)
+    top = jnp.max(logits, axis=0)
+    # The first place of the maximum alone is taken out, so that a tie for the first rank leaves a margin of zero.
+    first = jnp.min(jnp.where(logits == top, ids, logits.shape[0]), axis=0)
+    second = jnp.max(jnp.where(ids == first, -jnp.inf, logits), axis=0)
+    total = jnp.sum(jnp.exp(logits - top), axis=0)
+    return 1.0 / total, jnp.exp(second - top) / total
+
+
+def confidence(rows: ExitRows, seen: Observation) -> Float[Array, " B"]:
+    """Each row's confidence under its own measure. Rows whose measure was not computed must be masked by the caller."""
+    top, second = top_probabilities(seen.logits)
+    by_measure = {"softmax": top, "margin": top - second, "random": seen.uniform}
+    return jnp.choose(rows.measure, [by_measure[name] for name in MEASURES], mode="clip")

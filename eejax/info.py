@@ -1,0 +1,136 @@
+"""What a checkpoint holds, for `eejax info`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from rich.console import Console
+from rich.table import Table
+
+from eejax.config import CacheConfig
+from eejax.errors import CheckpointError, ConfigError, TokenizerError
+from eejax.kv_cache import page_bytes
+from eejax.llm import DTYPES
+from eejax.model import count_params, param_shapes
+from eejax.runner import default_dtype
+from eejax.tokenizer import load_tokenizer
+from eejax.weights import WEIGHTS_DIR, load_checkpoint, load_config
+
+
+def describe(path: Path, dtype: str | None, page_size: int) -> dict[str, Any]:
+    """Facts about a checkpoint folder, ready for JSON. Only metadata is read while all is well.
+
+    Args:
+        path: the checkpoint folder.
+        dtype: what it would be served as; the device's default for None.
+        page_size: tokens in a KV page.
+
+    Raises:
+        CheckpointError, TokenizerError: the folder is not a usable checkpoint.
+        ConfigError: `dtype` or `page_size` is not allowed.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    CacheConfig(num_pages=1, page_size=page_size)
+    served = default_dtype() if dtype is None else jnp.dtype(dtype)
+    model = load_config(path)
+    shapes = param_shapes(model)
+    total = count_params(shapes)
+    dtypes = _stored_dtypes(path / WEIGHTS_DIR, total)
+    if dtypes is None:
+        load_checkpoint(path)  # names the leaves that are missing, extra or misshaped
+        raise CheckpointError(f"the weights in {path / WEIGHTS_DIR} do not match {path / 'config.json'}")
+    tokenizer = load_tokenizer(path)
+    return {
+        "path": str(path),
+        "model": model.to_dict(),
+        "parameters": total,
+        "parameters_by_part": {
+            "embedding": shapes["embedding"].size,
+            "blocks": count_params(shapes["blocks"]),
+            "output": 0 if model.tie_embeddings else shapes["output"].size,
+            "exit heads": count_params(shapes, ["exits"]),
+        },
+        "stored_dtype": ", ".join(dtypes),
+        "stored_bytes": sum(file.stat().st_size for file in (path / WEIGHTS_DIR).rglob("*") if file.is_file()),
+        "served_dtype": served.name,
+        "served_bytes": total * served.itemsize,
+        "exit_layers": list(model.exits.layers),
+        "exit_head": model.exits.head,
+        "tokenizer": {
+            "kind": type(tokenizer).__name__,
+            "vocab_size": tokenizer.vocab_size,
+            "bos_id": tokenizer.bos_id,
+            "eos_id": tokenizer.eos_id,
+            "chat_template": _has_template(tokenizer),
+        },
+        "kv_page": {
+            "page_size": page_size,
+            "bytes": page_bytes(model, page_size, served.itemsize),
+            "bytes_per_token": page_bytes(model, 1, served.itemsize),
+            "bytes_longest_sequence": -(-model.max_position // page_size)
+            * page_bytes(model, page_size, served.itemsize),
+        },
+    }
+
+
+def _stored_dtypes(folder: Path, parameters: int) -> list[str] | None:
+    """Element types of the stored leaves; None where they are unreadable or do not add up to `parameters`."""
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True)) as checkpointer:
+            leaves = jax.tree.leaves(checkpointer.metadata(folder.absolute()).item_metadata.tree)
+        sizes = [int(jnp.prod(jnp.asarray(leaf.shape))) if leaf.shape else 1 for leaf in leaves]
+        return sorted({str(leaf.dtype) for leaf in leaves}) if sum(sizes) == parameters else None
+    except Exception:  # Orbax raises whatever its storage layers raise; the caller finds out what is wrong
+        return None
+
+
+def _has_template(tokenizer: Any) -> bool:
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "x"}])
+    except TokenizerError:
+        return False
+    return True
+
+
+def size(count: float) -> str:
+    """Bytes in readable units."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
+
+
+def print_description(found: dict[str, Any]) -> None:
+    """`describe`'s facts as a table."""
+    model, page, tokenizer = found["model"], found["kv_page"], found["tokenizer"]
+    parts = ", ".join(f"{name} {count:,}" for name, count in found["parameters_by_part"].items() if count)
+    tied = "tied" if model["tie_embeddings"] else "untied"
+    exits = ", ".join(map(str, found["exit_layers"])) or "none"
+    head = f", {found['exit_head']} heads" if found["exit_layers"] else ""
+    rows = {
+        "blocks": f"{model['n_layers']}",
+        "exits after blocks": exits + head,
+        "hidden, MLP": f"{model['hidden_size']}, {model['intermediate_size']}",
+        "heads": f"{model['n_heads']} query, {model['n_kv_heads']} key/value, {model['head_dim']} wide",
+        "vocabulary": f"{model['vocab_size']} ({tied} output)",
+        "longest sequence": f"{model['max_position']} tokens",
+        "parameters": f"{found['parameters']:,} ({parts})",
+        "stored": f"{found['stored_dtype']}, {size(found['stored_bytes'])}",
+        "served": f"{found['served_dtype']}, {size(found['served_bytes'])}",
+        "tokenizer": f"{tokenizer['kind']}, {tokenizer['vocab_size']} ids, BOS {tokenizer['bos_id']}, "
+        f"EOS {tokenizer['eos_id']}, {'a' if tokenizer['chat_template'] else 'no'} chat template",
+        "KV page": f"{page['page_size']} tokens, {size(page['bytes'])}; {size(page['bytes_per_token'])} a token, "
+        f"{size(page['bytes_longest_sequence'])} for the longest sequence",
+    }
+    table = Table(title=found["path"], title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column()
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console(highlight=False).print(table)

@@ -1,0 +1,290 @@
+"""The Python API: load a model, answer prompts."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self, TypedDict, Unpack
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from eejax.config import (
+    CacheConfig,
+    EngineConfig,
+    ModelConfig,
+    SchedulerConfig,
+    named_options,
+    require,
+    require_positive_int,
+)
+from eejax.engine import Engine, EngineStats
+from eejax.errors import ConfigError, InvalidRequestError
+from eejax.kv_cache import page_bytes
+from eejax.params import SamplingParams
+from eejax.request import FinishReason, PromptLike, RequestOutput
+from eejax.runner import default_dtype
+from eejax.tokenizer import Tokenizer, load_tokenizer
+from eejax.weights import load_checkpoint
+
+log = logging.getLogger(__name__)
+
+DTYPES = ("float32", "bfloat16", "float16")
+CPU_CACHE_BYTES = 2**30
+"""Default ceiling of the KV cache on CPU, where nothing says how much memory is free for it."""
+GPU_CACHE_SHARE = 0.8
+"""Share of the GPU memory that is free after loading which the KV cache takes by default, at the most."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamDelta:
+    """What is new of a streamed answer: text that is safe to show, and the tokens behind it with their exit layers.
+
+    Text lags behind tokens where a character or a possible stop string is still incomplete.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    exit_layers: tuple[int, ...]
+    finish_reason: FinishReason | None
+
+
+class Options(TypedDict, total=False):
+    """Options of `LLM` beside path and dtype; `LLM` says what they mean."""
+
+    max_model_len: int | None
+    max_num_seqs: int
+    num_pages: int | None
+    page_size: int
+    exit_layers: Seq[int] | None
+    seed: int
+
+
+@named_options
+class LLM:
+    """A model ready to answer.
+
+    Args:
+        path: an eejax checkpoint folder.
+        dtype: `float32`, `bfloat16` or `float16`; by default float32 on CPU and bfloat16 elsewhere.
+        max_model_len: tokens of prompt and answer together; the model's own limit by default.
+        max_num_seqs: sequences decoded together at the most.
+        num_pages: pages of the KV cache; by default enough for `max_num_seqs` sequences of `max_model_len` tokens, as
+            far as memory allows (1 GiB on CPU).
+        page_size: tokens per page.
+        exit_layers: replaces the checkpoint's own exits. With `shared` heads any block can be one, else a subset.
+        seed: seeds requests that bring no seed.
+
+    Raises:
+        CheckpointError, TokenizerError: the folder is not a usable checkpoint.
+        ConfigError: an option is not allowed; the message names it.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        dtype: str | None = None,
+        max_model_len: int | None = None,
+        max_num_seqs: int = 32,
+        num_pages: int | None = None,
+        page_size: int = 64,
+        exit_layers: Seq[int] | None = None,
+        seed: int = 0,
+    ) -> None:
+        options = Options(
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            num_pages=num_pages,
+            page_size=page_size,
+            exit_layers=exit_layers,
+            seed=seed,
+        )
+        wanted = _dtype(dtype)
+        tokenizer = load_tokenizer(Path(path))
+        model, params = load_checkpoint(Path(path), dtype=wanted)
+        self._build(model, params, tokenizer, tokenizer.eos_id, options)
+
+    @classmethod
+    def from_params(
+        cls,
+        model: ModelConfig,
+        params: dict,
+        *,
+        tokenizer: Tokenizer | None = None,
+        eos_id: int | None = None,
+        dtype: str | None = None,
+        **options: Unpack[Options],
+    ) -> Self:
+        """The same over parameters at hand (`eejax.model.init_params`), for instance random ones."""
+        llm = cls.__new__(cls)
+        wanted = _dtype(dtype)
+        params = jax.tree.map(lambda leaf: jnp.asarray(leaf, wanted), params)
+        llm._build(model, params, tokenizer, eos_id, options)
+        return llm
+
+    def _build(
+        self, model: ModelConfig, params: dict, tokenizer: Tokenizer | None, eos_id: int | None, options: Options
+    ) -> None:
+        unknown = sorted(set(options) - set(Options.__annotations__))
+        require(not unknown, f"LLM has no option {', '.join(unknown)}; allowed: {', '.join(Options.__annotations__)}")
+        exit_layers = options.get("exit_layers")
+        if exit_layers is not None:
+            model = model.with_exit_layers(tuple(exit_layers))
+            if "exits" in params:
+                params = {**params, "exits": {name: params["exits"][name] for name in model.exit_names}}
+        max_model_len = options.get("max_model_len")
+        length = model.max_position if max_model_len is None else max_model_len
+        scheduler = SchedulerConfig(max_num_seqs=options.get("max_num_seqs", 32))
+        page_size, num_pages = options.get("page_size", 64), options.get("num_pages")
+        CacheConfig(num_pages=1, page_size=page_size)  # validated before anything is divided by it
+        require_positive_int("LLM", max_model_len=length)
+        if num_pages is None:
+            itemsize = jax.tree.leaves(params)[0].dtype.itemsize
+            num_pages = _default_num_pages(model, length, scheduler.max_num_seqs, page_size, itemsize)
+        self.config = EngineConfig(
+            model=model,
+            cache=CacheConfig(num_pages=num_pages, page_size=page_size),
+            scheduler=scheduler,
+            max_model_len=length,
+            seed=options.get("seed", 0),
+        )
+        self.tokenizer = tokenizer
+        self.engine = Engine(self.config, params, tokenizer, eos_id)
+
+    def generate(
+        self,
+        prompts: PromptLike | Seq[PromptLike],
+        sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer prompts; the outputs come in the order of the prompts.
+
+        Args:
+            prompts: text or `{"prompt_token_ids": [...]}`, one or a list.
+            sampling_params: one for all, or one per prompt; `SamplingParams()` when not given.
+            use_tqdm: show a progress bar on stderr.
+
+        Returns:
+            One `RequestOutput` per prompt. In a list, a prompt that cannot be served has its `error` set and no
+            outputs, and the others are answered.
+
+        Raises:
+            InvalidRequestError: a single prompt (not a list) cannot be served, or the numbers of prompts and
+                parameters differ.
+        """
+        single = isinstance(prompts, str | dict)
+        items: list[PromptLike] = [prompts] if single else list(prompts)  # pyright: ignore[reportAssignmentType]
+        params = self._params_per_prompt(sampling_params, len(items))
+        outputs: dict[str, RequestOutput] = {}
+        ids: list[str] = []
+        try:
+            for number, (prompt, one) in enumerate(zip(items, params, strict=True)):
+                try:
+                    ids.append(self.engine.add_request(prompt, one))
+                except InvalidRequestError as error:
+                    if single:
+                        raise
+                    log.warning("prompt %d is not served: %s", number, error)
+                    ids.append(f"invalid-{number}")
+                    text = prompt if isinstance(prompt, str) else None
+                    outputs[ids[-1]] = RequestOutput(ids[-1], text, (), (), True, None, error)
+            with _progress(use_tqdm) as bar:
+                task = bar.add_task("answering", total=len(items), completed=len(outputs))
+                mine = set(ids)
+                while mine - outputs.keys():
+                    for output in self.engine.step():
+                        if output.finished and output.request_id in mine:
+                            outputs[output.request_id] = output
+                            bar.update(task, completed=len(outputs))
+        finally:
+            self._abort_all(request for request in ids if request not in outputs)
+        return [outputs[request] for request in ids]
+
+    def stream(self, prompt: PromptLike, params: SamplingParams | None = None) -> Iterator[StreamDelta]:
+        """Answer one prompt piece by piece. The pieces' texts joined are the answer; closing the iterator aborts it.
+
+        Raises:
+            InvalidRequestError: the prompt or parameters do not fit, or `n` is not 1. Raised at the call itself.
+        """
+        params = params or SamplingParams()
+        if params.n != 1:
+            raise InvalidRequestError(f"stream answers once, got n={params.n}")
+        request = self.engine.add_request(prompt, params)
+        return self._deltas(request)
+
+    def _deltas(self, request: str) -> Iterator[StreamDelta]:
+        shown, seen, finished = 0, 0, False
+        try:
+            while not finished:
+                for output in self.engine.step():
+                    if output.request_id != request:
+                        continue
+                    answer, finished = output.outputs[0], output.finished
+                    yield StreamDelta(
+                        answer.text[shown:], answer.token_ids[seen:], answer.exit_layers[seen:], answer.finish_reason
+                    )
+                    shown, seen = len(answer.text), len(answer.token_ids)
+        finally:
+            if not finished:
+                self._abort_all([request])
+
+    def stats(self) -> EngineStats:
+        """Counts since the model was loaded: tokens, steps, blocks, compilations, pages in use."""
+        return self.engine.stats()
+
+    def warm_up(self) -> None:
+        """Compile every batch and prompt bucket now instead of on first use."""
+        self.engine.runner.warm_up()
+
+    def _abort_all(self, requests: Iterable[str]) -> None:
+        for request in list(requests):
+            if self.engine.is_unfinished(request):
+                self.engine.abort(request)
+
+    @staticmethod
+    def _params_per_prompt(given: SamplingParams | Seq[SamplingParams] | None, count: int) -> list[SamplingParams]:
+        if given is None:
+            return [SamplingParams()] * count
+        if isinstance(given, SamplingParams):
+            return [given] * count
+        given = list(given)
+        if len(given) != count:
+            raise InvalidRequestError(f"{len(given)} sampling parameters for {count} prompts: give one, or one each")
+        return given
+
+
+def _progress(shown: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        disable=not shown,
+        transient=True,
+    )
+
+
+def _dtype(name: str | None) -> jnp.dtype:
+    if name is None:
+        return default_dtype()
+    if name not in DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+    return jnp.dtype(name)
+
+
+def _default_num_pages(model: ModelConfig, length: int, max_num_seqs: int, page_size: int, itemsize: int) -> int:
+    """Pages for full slots of full length, as far as memory allows, and never fewer than one sequence needs."""
+    per_seq = -(-length // page_size)
+    stats = jax.devices()[0].memory_stats() or {}
+    free = GPU_CACHE_SHARE * (stats["bytes_limit"] - stats["bytes_in_use"]) if "bytes_limit" in stats else None
+    affordable = int((CPU_CACHE_BYTES if free is None else free) // page_bytes(model, page_size, itemsize))
+    return max(per_seq, min(per_seq * max_num_seqs, affordable))

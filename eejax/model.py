@@ -1,0 +1,277 @@
+"""Llama-family decoder with early exits, in Flax NNX.
+
+Activations are feature-major: `[D, *N]`, with any number of token axes behind. Weights are `[out, in]`, so a
+projection is `W @ x`, the form that XLA:CPU runs fastest for few tokens and that GPUs do not mind.
+
+One alphabet for shapes, here and in the rest of the package:
+
+    D hidden size        F MLP size           V vocabulary     L blocks
+    H query heads        K key/value heads    C head dimension
+    B rows of a batch    T tokens of a row    N any token axes (`B`, `T` or `B T`)
+    P pages              S slots of a page
+
+The modules hold parameters and say how one block computes. Who calls them (prefill, decode, training) brings
+attention along as a function, because only it knows where keys and values live.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from eejax.config import ModelConfig, RopeScaling
+
+INIT_SCALE = 0.02
+
+type Attend[Cache] = Callable[[Array, Array, Array, Cache], tuple[Array, Cache]]
+"""`attend(q [H, C, *N], k [K, C, *N], v [K, C, *N], cache) -> (o [H, C, *N], cache)`"""
+
+
+def linear(weight: Float[Array, "o i"], x: Float[Array, "i *N"]) -> Float[Array, "o *N"]:
+    """`weight @ x`, multiplied in the weight's dtype, summed in float32, returned in `x`'s dtype."""
+    y = jax.lax.dot_general(
+        weight, x.astype(weight.dtype), (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
+    )
+    return y.astype(x.dtype)
+
+
+def rms_norm(weight: Float[Array, " D"], x: Float[Array, "D *N"], eps: float, axis: int = 0) -> Float[Array, "D *N"]:
+    """Root-mean-square norm over `axis`, computed in float32 and returned in `x`'s dtype."""
+    shape = [1] * x.ndim
+    shape[axis] = -1
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=axis, keepdims=True) + eps)
+    return y.astype(x.dtype) * weight.reshape(shape).astype(x.dtype)
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Float[Array, " C/2"]:
+    """Angular frequency of each rotated pair, radians per position; Llama-3 scaling where given."""
+    freq = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if scaling is None:
+        return freq
+    turns = scaling.original_max_position * freq / (2 * jnp.pi)
+    # Between the two factors the slowed and the original frequency are blended linearly.
+    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    blend = jnp.clip(blend, 0.0, 1.0)
+    return freq * (blend + (1 - blend) / scaling.factor)
+
+
+def rope(x: Float[Array, "heads C *N"], positions: Int[Array, "*N"], freq: Float[Array, " C/2"]) -> Array:
+    """Rotate the two halves of `C` by `positions * freq` (rotary embedding, arXiv 2104.09864), in float32."""
+    angle = freq.reshape(-1, *[1] * positions.ndim) * positions.astype(jnp.float32)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=1).astype(x.dtype)
+
+
+def _normal(rngs: nnx.Rngs, *shape: int) -> nnx.Param:
+    return nnx.Param(INIT_SCALE * jax.random.normal(rngs.params(), shape, jnp.float32))
+
+
+def _ones(size: int) -> nnx.Param:
+    return nnx.Param(jnp.ones((size,), jnp.float32))
+
+
+class Mlp(nnx.Module):
+    """SwiGLU: `W_down (silu(W_gate x) * W_up x)`; gate and up lie in one matrix and are read together."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        self.gate_up = _normal(rngs, 2 * config.intermediate_size, config.hidden_size)
+        self.down = _normal(rngs, config.hidden_size, config.intermediate_size)
+
+    def __call__(self, x: Float[Array, "D *N"]) -> Float[Array, "D *N"]:
+        """Apply it to normalised hidden states."""
+        gate, up = jnp.split(linear(self.gate_up[...], x), 2, axis=0)
+        return linear(self.down[...], jax.nn.silu(gate) * up)
+
+
+class Block(nnx.Module):
+    """One transformer layer. K and V are a matrix of their own, since fill-in needs them without Q."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        self.config = config
+        q_size, kv_size = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        self.attn_norm = _ones(config.hidden_size)
+        self.wq = _normal(rngs, q_size, config.hidden_size)
+        self.wkv = _normal(rngs, 2 * kv_size, config.hidden_size)
+        self.wo = _normal(rngs, config.hidden_size, q_size)
+        if config.attention_bias:
+            self.bq = nnx.Param(jnp.zeros((q_size,), jnp.float32))
+            self.bkv = nnx.Param(jnp.zeros((2 * kv_size,), jnp.float32))
+        if config.qk_norm:
+            self.q_norm = _ones(config.head_dim)
+            self.k_norm = _ones(config.head_dim)
+        self.mlp_norm = _ones(config.hidden_size)
+        self.mlp = Mlp(config, rngs)
+
+    def _queries(self, h: Array, positions: Array, freq: Array) -> Float[Array, "H C *N"]:
+        config = self.config
+        q = linear(self.wq[...], h)
+        if config.attention_bias:
+            q = q + self.bq[...].reshape(-1, *[1] * positions.ndim).astype(q.dtype)
+        q = q.reshape(config.n_heads, config.head_dim, *positions.shape)
+        if config.qk_norm:
+            q = rms_norm(self.q_norm[...], q, config.norm_eps, axis=1)
+        return rope(q, positions, freq)
+
+    def _keys_values(self, h: Array, positions: Array, freq: Array) -> tuple[Array, Array]:
+        config = self.config
+        kv = linear(self.wkv[...], h)
+        if config.attention_bias:
+            kv = kv + self.bkv[...].reshape(-1, *[1] * positions.ndim).astype(kv.dtype)
+        k, v = kv.reshape(2, config.n_kv_heads, config.head_dim, *positions.shape)
+        if config.qk_norm:
+            k = rms_norm(self.k_norm[...], k, config.norm_eps, axis=1)
+        return rope(k, positions, freq), v
+
+    def keys_values(
+        self, x: Float[Array, "D *N"], positions: Int[Array, "*N"], freq: Array
+    ) -> tuple[Float[Array, "K C *N"], Float[Array, "K C *N"]]:
+        """This block's K and V of hidden state `x`, all that KV fill-in needs (CALM, arXiv 2207.07061, sec. 3.1)."""
+        return self._keys_values(rms_norm(self.attn_norm[...], x, self.config.norm_eps), positions, freq)
+
+    def __call__[Cache](
+        self, x: Float[Array, "D *N"], positions: Int[Array, "*N"], freq: Array, attend: Attend[Cache], cache: Cache
+    ) -> tuple[Float[Array, "D *N"], Float[Array, "D *N"], Cache]:
+        """Run the block.
+
+        Returns:
+            Its output; the residual between attention and MLP, which `mlp` exits read; the cache.
+        """
+        h = rms_norm(self.attn_norm[...], x, self.config.norm_eps)
+        q = self._queries(h, positions, freq)
+        k, v = self._keys_values(h, positions, freq)
+        o, cache = attend(q, k, v, cache)
+        middle = x + linear(self.wo[...], o.reshape(-1, *positions.shape))
+        out = middle + self.mlp(rms_norm(self.mlp_norm[...], middle, self.config.norm_eps))
+        return out, middle, cache
+
+
+class ExitHead(nnx.Module):
+    """Parameters that an exit of kind `norm` or `mlp` owns; a `shared` exit owns none."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        self.norm = _ones(config.hidden_size)
+        if config.exits.head == "mlp":
+            self.mlp = Mlp(config, rngs)
+        if not config.exits.tie_output:
+            self.output = _normal(rngs, config.vocab_size, config.hidden_size)
+
+
+class EarlyExitTransformer(nnx.Module):
+    """Decoder whose logits can be read after every exit point (`ModelConfig.exit_points`)."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        self.embedding = _normal(rngs, config.vocab_size, config.hidden_size)
+        self.blocks = nnx.List([Block(config, rngs) for _ in range(config.n_layers)])
+        self.norm = _ones(config.hidden_size)
+        if not config.tie_embeddings:
+            self.output = _normal(rngs, config.vocab_size, config.hidden_size)
+        if config.exits.head != "shared":
+            self.exits = nnx.Dict({name: ExitHead(config, rngs) for name in config.exit_names})
+
+    def frequencies(self) -> Float[Array, " C/2"]:
+        """Rotary frequencies of this model."""
+        return rope_frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
+
+    def embed(self, tokens: Int[Array, "*N"]) -> Float[Array, "D *N"]:
+        """Hidden states that enter block 0."""
+        return jnp.moveaxis(self.embedding[...][tokens], -1, 0)
+
+    def features(self, layer: int, x: Float[Array, "D *N"], middle: Float[Array, "D *N"]) -> Float[Array, "D *N"]:
+        """What the output matrix at exit point `layer` multiplies.
+
+        Args:
+            layer: an exit point: an exit layer or `n_layers`.
+            x: hidden state after block `layer`.
+            middle: that block's residual between attention and MLP.
+        """
+        eps = self.config.norm_eps
+        if layer == self.config.n_layers or self.config.exits.head == "shared":
+            return rms_norm(self.norm[...], x, eps)
+        head = self.exits[f"after_{layer}"]
+        if self.config.exits.head == "mlp":
+            block = self.blocks[layer - 1]
+            x = middle + head.mlp(rms_norm(block.mlp_norm[...], middle, eps))
+        return rms_norm(head.norm[...], x, eps)
+
+    def output_matrix(self, layer: int) -> Float[Array, "V D"]:
+        """The matrix that turns features at exit point `layer` into logits."""
+        if layer != self.config.n_layers and not self.config.exits.tie_output:
+            return self.exits[f"after_{layer}"].output[...]
+        return self.embedding[...] if self.config.tie_embeddings else self.output[...]
+
+    def logits(self, layer: int, features: Float[Array, "D *N"]) -> Float[Array, "V *N"]:
+        """Float32 logits at exit point `layer`."""
+        weight = self.output_matrix(layer)
+        return jax.lax.dot_general(
+            weight, features.astype(weight.dtype), (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
+        )
+
+    def exit_features(
+        self, tokens: Int[Array, "B T"], dtype: jnp.dtype | None = None, remat: bool = False
+    ) -> dict[int, Float[Array, "D B T"]]:
+        """Full-depth causal forward over whole rows, without a cache: features at every exit point, for training.
+
+        Args:
+            tokens: rows that start at position 0; padding belongs behind the text.
+            dtype: dtype of the residual stream; the embedding's own when not given.
+            remat: recompute each block in the backward pass instead of keeping its activations.
+        """
+        x = self.embed(tokens)
+        x = x if dtype is None else x.astype(dtype)
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        freq = self.frequencies()
+        found: dict[int, Array] = {}
+
+        def run(block: Block, x: Array) -> tuple[Array, Array]:
+            out, middle, _ = block(x, positions, freq, _attend_causal, None)
+            return out, middle
+
+        step = nnx.remat(run) if remat else run
+        for number, block in enumerate(self.blocks, start=1):
+            x, middle = step(block, x)
+            if number in self.config.exit_points:
+                found[number] = self.features(number, x, middle)
+        return found
+
+
+def _attend_causal(q: Array, k: Array, v: Array, cache: None) -> tuple[Array, None]:
+    """Plain causal attention within each row: `q [H, C, B, T]`, `k, v [K, C, B, T]`; softmax in float32."""
+    heads, dim, rows, length = q.shape
+    q = q.reshape(k.shape[0], heads // k.shape[0], dim, rows, length)
+    scores = jnp.einsum("kgcbt,kcbs->bkgts", q, k, preferred_element_type=jnp.float32) * dim**-0.5
+    causal = jnp.tril(jnp.ones((length, length), bool))
+    weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1).astype(v.dtype)
+    o = jnp.einsum("bkgts,kcbs->kgcbt", weights, v, preferred_element_type=jnp.float32)
+    return o.reshape(heads, dim, rows, length).astype(q.dtype), cache
+
+
+def init_params(config: ModelConfig, seed: int = 0) -> dict:
+    """Random parameters as a nested dict of float32 arrays; matrices normal with scale 0.02, norms one."""
+    model = EarlyExitTransformer(config, rngs=nnx.Rngs(seed))
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
+def param_shapes(config: ModelConfig) -> dict:
+    """The nested dict of `jax.ShapeDtypeStruct` that parameters of this configuration must match."""
+    return jax.eval_shape(lambda: init_params(config))
+
+
+def bind(config: ModelConfig, params: dict) -> EarlyExitTransformer:
+    """The model over `params`, for use while tracing (it costs nothing per call of the compiled function)."""
+    model = nnx.eval_shape(lambda: EarlyExitTransformer(config, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(model)
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graph, state)
+
+
+def count_params(params: dict, paths: Sequence[str] | None = None) -> int:
+    """Number of parameters, of the named top-level entries only where `paths` is given."""
+    chosen = params if paths is None else {name: params[name] for name in paths if name in params}
+    return sum(leaf.size for leaf in jax.tree.leaves(chosen))

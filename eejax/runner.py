@@ -1,0 +1,261 @@
+"""From micro-batches to device calls: buckets, compilation, and the arrays in between. The only `jax.jit` in here.
+
+Shapes are bucketed to powers of two (rows when decoding, tokens when prefilling), and everything else is data, so
+that context length, page use and sampling parameters never compile anything anew.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from eejax.config import MIN_PREFILL_BUCKET, EngineConfig
+from eejax.decode import DecodeState, Rows, decode_chunk
+from eejax.exits import MEASURES, ExitRows
+from eejax.kv_cache import init_cache
+from eejax.params import DecayingThreshold
+from eejax.prefill import prefill
+from eejax.request import Logprob, MicroBatch, RowResult, Sequence, StepResult
+from eejax.sampling import SamplingRows, TokenLogprobs
+
+MAX_DEVICE_STOP_IDS = 8
+"""Stop ids tested on the device. The host tests all of them, so more cost a few wasted steps, not correctness."""
+
+
+def bucket_of(count: int, smallest: int = 1) -> int:
+    """The power of two that holds `count`, at least `smallest`."""
+    return max(smallest, 1 << (count - 1).bit_length())
+
+
+def default_dtype() -> jnp.dtype:
+    """bfloat16 where it is fast, float32 on CPU (XLA:CPU converts bfloat16 weights anew at every step)."""
+    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled programs on disk, so that a second start compiles nothing.
+
+    In `$EEJAX_CACHE_DIR`, else `$XDG_CACHE_HOME/eejax`, else `~/.cache/eejax`. A cache that the process has configured
+    for JAX already is left as it is; `EEJAX_CACHE_DIR=off` keeps nothing.
+    """
+    wish = os.environ.get("EEJAX_CACHE_DIR")
+    if wish == "off" or jax.config.jax_compilation_cache_dir is not None:
+        return
+    base = Path(wish) if wish else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eejax"
+    jax.config.update("jax_compilation_cache_dir", str(base / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@contextmanager
+def _count_cache_hits() -> Iterator[Callable[[], int]]:
+    """Count programs that come from the compilation cache while the context is open."""
+    hits: list[str] = []
+
+    def listen(event: str, **_: str | int) -> None:
+        if event == "/jax/compilation_cache/cache_hits":
+            hits.append(event)
+
+    jax.monitoring.register_event_listener(listen)
+    try:
+        yield lambda: len(hits)
+    finally:
+        jax.monitoring.unregister_event_listener(listen)
+
+
+@dataclass(slots=True)
+class Compiled:
+    """The runner's programs by kind and bucket, and how many of them XLA had to compile."""
+
+    programs: dict[tuple[str, int], jax.stages.Compiled] = field(default_factory=dict)
+    compilations: int = 0
+
+    def get(self, kind: str, bucket: int, lower: Callable[[], jax.stages.Lowered]) -> jax.stages.Compiled:
+        """The program for `(kind, bucket)`, compiled or fetched from the compilation cache on first use."""
+        key = (kind, bucket)
+        if key not in self.programs:
+            with _count_cache_hits() as hits:
+                self.programs[key] = lower().compile()
+            self.compilations += 0 if hits() else 1
+        return self.programs[key]
+
+
+class Runner:
+    """Owns parameters and KV cache on the device and runs micro-batches over them."""
+
+    def __init__(self, config: EngineConfig, params: dict) -> None:
+        use_compilation_cache()
+        self.config = config
+        self.params = params
+        self.cache = init_cache(config.model, config.cache, jax.tree.leaves(params)[0].dtype)
+        self._compiled = Compiled()
+
+    @property
+    def compilations(self) -> int:
+        """Programs that XLA compiled for this runner; those found in the compilation cache do not count."""
+        return self._compiled.compilations
+
+    @property
+    def decode_buckets(self) -> list[int]:
+        """Batch sizes that decoding is compiled for."""
+        top = bucket_of(self.config.scheduler.max_num_seqs)
+        return [1 << i for i in range(top.bit_length())]
+
+    @property
+    def prefill_buckets(self) -> list[int]:
+        """Token counts that prefill is compiled for."""
+        top = min(self.config.prefill_chunk, bucket_of(self.config.max_model_len, MIN_PREFILL_BUCKET))
+        first = MIN_PREFILL_BUCKET.bit_length() - 1
+        return [1 << i for i in range(first, top.bit_length())]
+
+    def warm_up(self) -> None:
+        """Compile every bucket now, so that no request ever waits for a compilation."""
+        for bucket in self.prefill_buckets:
+            self._prefill_program(bucket)
+        for bucket in self.decode_buckets:
+            self.decode_program(bucket)
+
+    def run(self, batch: MicroBatch) -> StepResult:
+        """Run one micro-batch to its end; the only wait for the device is the copy of its results."""
+        if batch.kind == "prefill":
+            return StepResult(rows=tuple(self._prefill(seq) for seq in batch.rows))
+        return self._decode(batch)
+
+    def decode_program(self, bucket: int) -> jax.stages.Compiled:
+        """The compiled decode chunk for `bucket` rows (its `memory_analysis()` tells what it needs)."""
+
+        def lower() -> jax.stages.Lowered:
+            chunk = functools.partial(decode_chunk, self.config.model, self.config.scheduler.max_chunk_steps)
+            rows, state = self._rows((), bucket), self._state((), bucket)
+            return jax.jit(chunk, donate_argnums=1).lower(
+                self.params, self.cache, rows, state, np.int32(1), np.bool_(False)
+            )
+
+        return self._compiled.get("decode", bucket, lower)
+
+    def _prefill_program(self, bucket: int) -> jax.stages.Compiled:
+        def lower() -> jax.stages.Lowered:
+            tokens = np.zeros(bucket, np.int32)
+            zero = np.int32(0)
+            return jax.jit(functools.partial(prefill, self.config.model), donate_argnums=1).lower(
+                self.params, self.cache, self._rows((), 1), tokens, tokens, zero, zero, np.bool_(False)
+            )
+
+        return self._compiled.get("prefill", bucket, lower)
+
+    def _prefill(self, seq: Sequence) -> RowResult:
+        """Positions `num_cached .. prefill_length - 1` of one sequence, in chunks; a fresh one gets its first token."""
+        all_tokens, all_depths = seq.prefill_tokens(self.config.model.n_layers)
+        end, chunk = seq.prefill_length, self.prefill_buckets[-1]
+        rows = self._rows((seq,), 1)
+        fresh = not seq.output_token_ids
+        token, report = None, None
+        for start in range(seq.num_cached, end, chunk):
+            length = min(chunk, end - start)
+            bucket = bucket_of(length, MIN_PREFILL_BUCKET)
+            tokens, depths = np.zeros(bucket, np.int32), np.zeros(bucket, np.int32)
+            tokens[:length] = all_tokens[start : start + length]
+            depths[:length] = all_depths[start : start + length]
+            wants_token = np.bool_(fresh and start + length == end)
+            self.cache, token, report = self._prefill_program(bucket)(
+                self.params, self.cache, rows, tokens, depths, np.int32(start), np.int32(length), wants_token
+            )
+        if not fresh or token is None or report is None:
+            return RowResult((), ())
+        chosen = int(np.asarray(token)[0])
+        wanted = seq.request.params.logprobs
+        logprobs = () if wanted is None else (_logprobs(jax.device_get(report), chosen, 0, wanted),)
+        return RowResult((chosen,), (self.config.model.n_layers,), logprobs)
+
+    def _decode(self, batch: MicroBatch) -> StepResult:
+        count, height = len(batch.rows), self.config.scheduler.max_chunk_steps
+        bucket = bucket_of(count)
+        self.cache, out = self.decode_program(bucket)(
+            self.params,
+            self.cache,
+            self._rows(batch.rows, bucket),
+            self._state(batch.rows, bucket),
+            np.int32(batch.n_steps),
+            np.bool_(batch.yield_on_free),
+        )
+        packed = np.asarray(out.packed)
+        steps, blocks, heads = (int(n) for n in packed[-3:])
+        tokens, depths = packed[:-3].reshape(2, height, bucket)[:, :steps, :count]
+        wanted = [seq.request.params.logprobs for seq in batch.rows]
+        report = jax.device_get(out.logprobs) if any(w is not None for w in wanted) else None
+        results = []
+        for row in range(count):
+            used = int(np.sum(depths[:, row] > 0))
+            ids = tuple(tokens[:used, row].tolist())
+            logprobs: tuple[dict[int, Logprob], ...] = ()
+            if report is not None and (top := wanted[row]) is not None:
+                at = [jax.tree.map(lambda leaf, i=i: leaf[i], report) for i in range(used)]
+                logprobs = tuple(_logprobs(one, token, row, top) for one, token in zip(at, ids, strict=True))
+            results.append(RowResult(ids, tuple(depths[:used, row].tolist()), logprobs))
+        return StepResult(tuple(results), steps=steps, blocks_run=blocks, heads_run=heads)
+
+    def _rows(self, seqs: Seq[Sequence], bucket: int) -> Rows:
+        """Per-row parameters as arrays; rows behind `seqs` are padding."""
+        exits = len(self.config.model.exits.layers)
+        table = np.zeros((bucket, self.config.pages_per_seq), np.int32)
+        stop_ids = np.full((bucket, MAX_DEVICE_STOP_IDS), -1, np.int32)
+        thresholds = np.full((exits, bucket), np.inf, np.float32)
+        measure, top_k = np.zeros(bucket, np.int32), np.zeros(bucket, np.int32)
+        tau, horizon = np.full(bucket, -1, np.float32), np.ones(bucket, np.float32)
+        keys = np.zeros((bucket, 2), np.uint32)
+        temperature, min_p = np.zeros(bucket, np.float32), np.zeros(bucket, np.float32)
+        top_p, logprobs = np.ones(bucket, np.float32), np.full(bucket, -1, np.int32)
+        for i, seq in enumerate(seqs):
+            request, params = seq.request, seq.request.params
+            table[i, : len(seq.pages)] = seq.pages
+            ids = sorted(request.stop_token_ids)[:MAX_DEVICE_STOP_IDS]
+            stop_ids[i, : len(ids)] = ids
+            if exits:
+                thresholds[:, i] = request.thresholds
+            if params.early_exit is not None:
+                measure[i] = MEASURES.index(params.early_exit.measure)
+                if isinstance(params.early_exit.threshold, DecayingThreshold):
+                    tau[i] = params.early_exit.threshold.tau
+            horizon[i] = request.max_tokens
+            keys[i] = request.seed, seq.index
+            # The likeliest token alone is left by top_k=1: greedy, with ties decided as greedy decides them.
+            temperature[i] = 0.0 if params.top_k == 1 else params.temperature
+            top_k[i], top_p[i], min_p[i] = params.top_k, params.top_p, params.min_p
+            logprobs[i] = -1 if params.logprobs is None else params.logprobs
+        return Rows(
+            _host(table),
+            _host(stop_ids),
+            ExitRows(*map(_host, (thresholds, measure, tau, horizon, keys))),
+            SamplingRows(*map(_host, (temperature, top_k, top_p, min_p, logprobs))),
+        )
+
+    def _state(self, seqs: Seq[Sequence], bucket: int) -> DecodeState:
+        columns = np.zeros((4, bucket), np.int32)
+        for i, seq in enumerate(seqs):
+            columns[:, i] = seq.output_token_ids[-1], seq.num_tokens - 1, len(seq.output_token_ids), seq.remaining
+        return DecodeState(*map(_host, columns), live=_host(np.arange(bucket) < len(seqs)))
+
+
+def _host(array: np.ndarray) -> jax.Array:
+    """A host array where a device array is expected: it travels with the call."""
+    return cast("jax.Array", array)
+
+
+def _logprobs(report: TokenLogprobs, token: int, row: int, count: int) -> dict[int, Logprob]:
+    """The `count` likeliest tokens of one row and step, and the chosen one."""
+    found = {
+        int(i): Logprob(float(p), n)
+        for n, (i, p) in enumerate(zip(report.top_ids[:count, row], report.top[:count, row], strict=True), start=1)
+    }
+    found.setdefault(token, Logprob(float(report.chosen[row]), int(report.rank[row])))
+    return found

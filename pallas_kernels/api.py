@@ -1,0 +1,79 @@
+"""The one door to attention over the paged cache: checks arguments, then runs the XLA implementation.
+
+Shapes use the alphabet of `eejax.model`: B rows, T tokens, H query heads, K key/value heads, C head dimension,
+L blocks, P pages, S slots of a page; M is the width of a page table.
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import reference
+
+
+def paged_attention(
+    q: Float[Array, "B H C"],
+    k_pages: Float[Array, "L P K S C"],
+    v_pages: Float[Array, "L P K S C"],
+    page_table: Int[Array, "B M"],
+    lengths: Int[Array, " B"],
+    *,
+    layer: int,
+    scale: float | None = None,
+) -> Float[Array, "B H C"]:
+    """Attention of one query per row over the first `lengths` tokens of the row's pages.
+
+    A row of length 0 reads nothing and yields zeros. Entries of `page_table` behind a row's length may hold any id.
+
+    Args:
+        layer: which block's pages to read.
+        scale: factor of the scores, `C ** -0.5` when not given.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together; the message names the argument.
+    """
+    _check(q, k_pages, v_pages, page_table, layer)
+    if lengths.shape != (q.shape[0],):
+        raise ValueError(f"lengths must be [{q.shape[0]}], one per row of q, got {list(lengths.shape)}")
+    return reference.paged_attention(q, k_pages, v_pages, page_table, lengths, layer=layer, scale=scale)
+
+
+def paged_prefill_attention(
+    q: Float[Array, "B T H C"],
+    k_pages: Float[Array, "L P K S C"],
+    v_pages: Float[Array, "L P K S C"],
+    page_table: Int[Array, "B M"],
+    positions: Int[Array, "B T"],
+    *,
+    layer: int,
+    scale: float | None = None,
+) -> Float[Array, "B T H C"]:
+    """Causal attention of several queries per row: each sees the row's tokens up to its own position.
+
+    A query at position -1 (padding) reads nothing and yields zeros.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together; the message names the argument.
+    """
+    _check(q, k_pages, v_pages, page_table, layer)
+    if positions.shape != q.shape[:2]:
+        raise ValueError(f"positions must be {list(q.shape[:2])}, one per query, got {list(positions.shape)}")
+    return reference.paged_prefill_attention(q, k_pages, v_pages, page_table, positions, layer=layer, scale=scale)
+
+
+def _check(q: Array, k_pages: Array, v_pages: Array, page_table: Array, layer: int) -> None:
+    if k_pages.ndim != 5 or k_pages.shape != v_pages.shape or k_pages.dtype != v_pages.dtype:
+        raise ValueError(
+            "k_pages and v_pages must be alike and [L, P, K, S, C], got "
+            f"{k_pages.dtype}{list(k_pages.shape)} and {v_pages.dtype}{list(v_pages.shape)}"
+        )
+    layers, _, kv_heads, _, dim = k_pages.shape
+    if q.shape[-1] != dim or q.shape[-2] % kv_heads:
+        raise ValueError(
+            f"q has {q.shape[-2]} heads of {q.shape[-1]}, the pages {kv_heads} of {dim}: the head dimension must be "
+            "equal and the query heads a multiple"
+        )
+    if page_table.ndim != 2 or page_table.shape[0] != q.shape[0]:
+        raise ValueError(f"page_table must be [{q.shape[0]}, M], one row per row of q, got {list(page_table.shape)}")
+    if not 0 <= layer < layers:
+        raise ValueError(f"layer must lie in 0..{layers - 1}, got {layer}")

@@ -1,0 +1,51 @@
+"""What every test runs under: strict promotion, the CPU, a compilation cache of its own, repeatable hypothesis.
+
+`pytest -m gpu` runs the tests that need an NVIDIA GPU; without it they are skipped and jax never looks for one.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# Compilation takes seconds at unforeseeable moments, so there is no deadline per example.
+settings.register_profile(
+    "ci", derandomize=True, deadline=None, max_examples=20, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("explore", parent=settings.get_profile("ci"), derandomize=False, max_examples=500)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+_cache_dirs: list[str] = []
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Set what jax and eejax read when they are imported, which is after this."""
+    wants_gpu = "gpu" in config.option.markexpr and "not gpu" not in config.option.markexpr
+    if not wants_gpu:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
+    os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+    if not hasattr(config, "workerinput"):  # a pytest-xdist worker shares the folder of the process that started it
+        _cache_dirs.append(tempfile.mkdtemp(prefix="eejax-tests-"))
+        os.environ["EEJAX_CACHE_DIR"] = _cache_dirs[-1]
+
+
+def pytest_unconfigure() -> None:
+    for path in _cache_dirs:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import jax
+
+    if jax.default_backend() != "gpu":
+        skip = pytest.mark.skip(reason="needs an NVIDIA GPU: run `pytest -m gpu` on a machine that has one")
+        for item in marked:
+            item.add_marker(skip)
