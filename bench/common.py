@@ -24,7 +24,9 @@ from bench.shapes import SHAPES, shape
 from eejax import LLM, EarlyExitParams
 from eejax.config import ModelConfig
 from eejax.errors import ConfigError
+from eejax.llm import DTYPES
 from eejax.model import count_params, init_params
+from eejax.request import PromptLike
 
 
 def numbers(text: str) -> tuple[float, ...]:
@@ -54,12 +56,13 @@ def at_least(low: int) -> Callable[[str], int]:
     return parse
 
 
-def add_common_options(parser: argparse.ArgumentParser) -> None:
-    """Options of every benchmark: which model, which exits, how many rounds, where results go."""
+def new_parser(name: str, what: str | None) -> argparse.ArgumentParser:
+    """A parser with the options of every benchmark; `what` is its docstring, whose first line is shown."""
+    parser = argparse.ArgumentParser(prog=f"python -m bench {name}", description=(what or "").partition("\n")[0])
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--model", metavar="PATH", help="checkpoint folder")
     model.add_argument("--random", choices=sorted(SHAPES), help="random weights of this shape")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of weights and cache; the device's usual one")
+    parser.add_argument("--dtype", choices=DTYPES, help="of weights and cache; the device's usual one")
     parser.add_argument("--exit-layers", type=integers, metavar="E,E", help="exits instead of the model's own")
     parser.add_argument("--page-size", type=at_least(1), default=64, help="tokens in a cache page (%(default)s)")
     parser.add_argument("--threshold", type=numbers, metavar="T[,T]", help="confidence to leave, one or one per exit")
@@ -72,6 +75,7 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=at_least(0), default=0, help="of weights, prompts and draws (%(default)s)")
     parser.add_argument("--output-json", type=Path, metavar="FILE", help="write the result here too")
+    return parser
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +91,7 @@ class ModelOptions:
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> ModelOptions:
-        """From parsed `add_common_options`."""
+        """From the parsed options of `new_parser`."""
         return cls(args.model, args.random, args.dtype, args.exit_layers, args.page_size, args.seed)
 
     @property
@@ -105,7 +109,7 @@ class ModelOptions:
             "seed": self.seed,
         }
         if self.random is None:
-            return LLM(self.model, exit_layers=self.exit_layers, **options)
+            return LLM(self.model or "", exit_layers=self.exit_layers, **options)
         config = shape(self.random, self.exit_layers)
         return LLM.from_params(config, init_params(config, self.seed), **options)
 
@@ -136,7 +140,7 @@ def replay_params(shares: Sequence[float]) -> EarlyExitParams:
     return EarlyExitParams(threshold=tuple(max(0.0, 1.0 - c) for c in cumulative), measure="random")
 
 
-def random_prompts(count: int, length: int, vocab_size: int, seed: int) -> list[dict[str, list[int]]]:
+def random_prompts(count: int, length: int, vocab_size: int, seed: int) -> list[PromptLike]:
     """`count` prompts of `length` random token ids; the lowest ids, often special, are left out."""
     rng = np.random.default_rng(seed)
     ids = rng.integers(min(3, vocab_size - 1), vocab_size, (count, length))
@@ -174,6 +178,10 @@ class Ceiling:
         cached = step_bytes <= machine.last_level_cache_bytes() / 2
         working_set = max(2**20, round(step_bytes)) if cached else machine.GIB
         return cls(machine.read_bandwidth(working_set, dtype.name), working_set, machine.arithmetic_rate(dtype.name))
+
+    def better(self, other: Ceiling) -> Ceiling:
+        """The higher rates of two measurements over the same working set."""
+        return Ceiling(max(self.bandwidth, other.bandwidth), self.working_set, max(self.arithmetic, other.arithmetic))
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -218,18 +226,19 @@ def show_table(
     ceiling: Mapping[str, float],
 ) -> None:
     """Print a column for each mode, then notes, the machine's ceilings, and whether the clock saw a compilation."""
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table()
     for i, column in enumerate(("", *modes)):
         table.add_column(column.replace("_", " "), justify="right" if i else "left")
     for row in rows:
         table.add_row(*row)
     # A pipe has no width, and rich would wrap the title at 80 columns.
     console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=120)
+    console.print(title, style="bold", markup=False, soft_wrap=True)
     console.print(table)
     seen = (
         f"read bandwidth {ceiling['read_bandwidth_gb_s']:.1f} GB/s (best pass over "
         f"{ceiling['read_bandwidth_working_set_mib']:.0f} MiB), arithmetic "
-        f"{ceiling['arithmetic_gop_s']:.0f} G operations/s, both measured after the rounds"
+        f"{ceiling['arithmetic_gop_s']:.0f} G operations/s, both the best before and after the rounds"
     )
     for note in (*notes, seen):
         console.print(note, markup=False, soft_wrap=True)

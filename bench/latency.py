@@ -15,13 +15,13 @@ from bench import machine
 from bench.common import (
     Ceiling,
     ModelOptions,
-    add_common_options,
     at_least,
     dtype_of,
     early_exit_params,
     finish,
     median,
     model_facts,
+    new_parser,
     options_of,
     percentiles,
     random_prompts,
@@ -34,8 +34,7 @@ from bench.rounds import MODES, Round, request_params, run_interleaved, token_co
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    found = argparse.ArgumentParser(prog="python -m bench latency", description=__doc__.partition("\n")[0])
-    add_common_options(found)
+    found = new_parser("latency", __doc__)
     found.add_argument("--input-len", type=at_least(1), default=32, help="prompt tokens (%(default)s)")
     found.add_argument("--output-len", type=at_least(2), default=128, help="answer tokens (%(default)s)")
     found.add_argument("--batch-size", type=at_least(1), default=1, help="requests at once (%(default)s)")
@@ -115,11 +114,13 @@ def main(arguments: list[str]) -> None:
     exits = dict(zip(MODES, (None, early_exit_params(args, config)), strict=True))
     params = {mode: request_params(batch, args.output_len, args.seed, exits[mode], ignore_eos=True) for mode in MODES}
     prompts = random_prompts(batch, args.input_len, config.vocab_size, args.seed)
+    context = args.input_len + args.output_len // 2
+    step_bytes = cost.step_bytes(cost.n_layers, 1, batch * cost.n_layers * context)
+    before = Ceiling.measure(step_bytes, dtype_of(llm))
     rounds = run_interleaved(llm, prompts, params, args.num_iters_warmup, args.num_iters)
 
     tokens = {mode: token_costs(rounds[mode][0], config, exits[mode]) for mode in MODES}
-    context = args.input_len + args.output_len // 2
-    ceiling = Ceiling.measure(cost.step_bytes(cost.n_layers, 1, batch * cost.n_layers * context), dtype_of(llm))
+    ceiling = before.better(Ceiling.measure(step_bytes, dtype_of(llm)))
     modes = {mode: summary(rounds[mode], tokens[mode], cost, ceiling, batch) for mode in MODES}
     full, early = (modes[mode]["time_per_output_token_ms"]["p50"] for mode in MODES)
     result = {

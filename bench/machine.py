@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 GIB = 2**30
 COLUMNS = 2048
+ARITHMETIC_SIZE = 2048
 
 
 def _best_seconds(run: Callable[[], object], repeats: int) -> float:
@@ -38,7 +39,7 @@ def _products(arrays: list[jax.Array], x: jax.Array) -> list[jax.Array]:
     return [array @ x for array in arrays]
 
 
-def read_bandwidth(total_bytes: int = GIB, dtype: str = "float32", repeats: int = 8) -> float:
+def read_bandwidth(total_bytes: int, dtype: str = "float32", repeats: int = 8) -> float:
     """Bytes per second that the device reads: the best of `repeats` passes over `total_bytes` of arrays.
 
     Two compiled passes compete, a sum of every array and a product of every array with a vector, which is what decoding
@@ -55,8 +56,9 @@ def read_bandwidth(total_bytes: int = GIB, dtype: str = "float32", repeats: int 
     return count * rows * COLUMNS * itemsize / seconds
 
 
-def arithmetic_rate(dtype: str = "float32", size: int = 2048, repeats: int = 8) -> float:
+def arithmetic_rate(dtype: str = "float32", repeats: int = 8) -> float:
     """Operations per second of a square matrix product, the best of `repeats`."""
+    size = ARITHMETIC_SIZE
     a = jnp.ones((size, size), dtype)
     multiply = jax.jit(lambda a, b: jnp.dot(a, b, preferred_element_type=jnp.float32))
     return 2 * size**3 / _best_seconds(partial(multiply, a, a), repeats)

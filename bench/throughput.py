@@ -7,7 +7,6 @@ figures are medians over the rounds, prefill included.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,13 @@ from bench import machine
 from bench.common import (
     Ceiling,
     ModelOptions,
-    add_common_options,
     at_least,
     dtype_of,
     early_exit_params,
     finish,
     median,
     model_facts,
+    new_parser,
     options_of,
     percentiles,
     random_prompts,
@@ -33,13 +32,13 @@ from bench.cost import ModelCost, TokenCost, ideal_from_operations, prefill_ops
 from bench.rounds import MODES, Round, request_params, run_interleaved, token_costs
 from eejax import LLM
 from eejax.errors import ConfigError
+from eejax.prompts import read_prompts
 from eejax.request import PromptLike
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    found = argparse.ArgumentParser(prog="python -m bench throughput", description=__doc__.partition("\n")[0])
-    add_common_options(found)
+    found = new_parser("throughput", __doc__)
     found.add_argument("--num-prompts", type=at_least(1), help="requests (32, or all of --prompts)")
     found.add_argument(
         "--prompts",
@@ -55,38 +54,10 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
-def read_prompts(file: Path, count: int | None) -> list[str]:
-    """The first `count` texts of a JSONL file, all of them for None.
-
-    A line holds `prompt`, or `instruction` and perhaps `input`.
-
-    Raises:
-        ConfigError: the file is unreadable or too short, or a line is not such an object; the message names the line.
-    """
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--prompts {file} cannot be read: {error}") from error
-    texts = [_text(file, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    needed = 1 if count is None else count
-    if len(texts) < needed:
-        raise ConfigError(f"--prompts {file} holds {len(texts)} prompts, {needed} are needed")
-    return texts[:count]
-
-
-def _text(file: Path, number: int, line: str) -> str:
-    try:
-        entry = json.loads(line)
-        parts = [entry["prompt"]] if "prompt" in entry else [entry["instruction"], entry.get("input", "")]
-        return "\n".join(part for part in parts if part)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f'--prompts {file}, line {number}: no object with a "prompt": {line[:80]!r}') from error
-
-
 def make_prompts(args: argparse.Namespace, llm: LLM) -> list[PromptLike]:
     """Random tokens, or the file's texts in the checkpoint's chat template."""
     if args.prompts is None:
-        return list(random_prompts(args.num_prompts or 32, args.input_len, llm.config.model.vocab_size, args.seed))
+        return random_prompts(args.num_prompts or 32, args.input_len, llm.config.model.vocab_size, args.seed)
     if llm.tokenizer is None:
         raise ConfigError("--prompts needs a model with a tokenizer, so --model and not --random")
     texts = read_prompts(args.prompts, args.num_prompts)
@@ -161,10 +132,12 @@ def main(arguments: list[str]) -> None:
     params = {
         mode: request_params(len(prompts), args.output_len, args.seed, exits[mode], ignore_eos=fixed) for mode in MODES
     }
+    step_bytes = cost.step_bytes(cost.n_layers, 1, 0)
+    before = Ceiling.measure(step_bytes, dtype_of(llm))
     rounds = run_interleaved(llm, prompts, params, args.num_iters_warmup, args.num_iters)
 
     tokens = {mode: token_costs(rounds[mode][0], config, exits[mode]) for mode in MODES}
-    ceiling = Ceiling.measure(cost.step_bytes(cost.n_layers, 1, 0), dtype_of(llm))
+    ceiling = before.better(Ceiling.measure(step_bytes, dtype_of(llm)))
     modes = {mode: summary(rounds[mode], tokens[mode], cost, ceiling) for mode in MODES}
     result = {
         "bench": "throughput",

@@ -94,7 +94,11 @@ def bytes_per_token(folder: Path) -> np.ndarray:
         piece = sp.id_to_piece(i)
         if sp.is_byte(i):
             return 1
-        return 0 if sp.is_control(i) or sp.is_unknown(i) or piece in special else len(piece.replace(SPACE_MARK, " ").encode())
+        return (
+            0
+            if sp.is_control(i) or sp.is_unknown(i) or piece in special
+            else len(piece.replace(SPACE_MARK, " ").encode())
+        )
 
     return np.asarray([size(i) for i in range(sp.vocab_size())], np.float32)
 
@@ -136,7 +140,9 @@ def tokenise(rows: list[dict[str, str]], tokenizer: Tokenizer) -> Documents:
     return Documents(np.asarray(ids, np.uint16), np.asarray(prompt, bool), np.asarray(starts, np.int64))
 
 
-def load_documents(data: Path, cache: Path, tokenizer_file: Path, tokenizer: Tokenizer, name: str, split: str) -> Documents:
+def load_documents(
+    data: Path, cache: Path, tokenizer_file: Path, tokenizer: Tokenizer, name: str, split: str
+) -> Documents:
     """Documents of one set, tokenised once per tokenizer and kept as `.npy` in `cache`."""
     kind = "lm_text" if name in LM_TEXT else "instruct"
     if split == "train" and name not in INSTRUCT + LM_TEXT:
@@ -151,7 +157,9 @@ def load_documents(data: Path, cache: Path, tokenizer_file: Path, tokenizer: Tok
     return Documents(*(np.load(file) for file in files))
 
 
-def pack(sets: list[Documents], order: list[tuple[int, int]], rows: int, length: int) -> Iterator[dict[str, np.ndarray]]:
+def pack(
+    sets: list[Documents], order: list[tuple[int, int]], rows: int, length: int
+) -> Iterator[dict[str, np.ndarray]]:
     """Batches of `rows` rows of `length` positions, filled with documents in `order` (set, document).
 
     A document that does not fit in the rest of a row goes on in the next one only if it is longer than a row; the last
@@ -186,9 +194,11 @@ def pack(sets: list[Documents], order: list[tuple[int, int]], rows: int, length:
 
 
 class TrainingData:
-    """An endless, seeded and resumable stream of batches. A round holds every instruct example and part of the plain text."""
+    """An endless, seeded, resumable stream of batches. A round is every instruct example and part of the plain text."""
 
-    def __init__(self, instruct: list[Documents], lm_text: list[Documents], rows: int, length: int, lm_share: float, seed: int) -> None:
+    def __init__(
+        self, instruct: list[Documents], lm_text: list[Documents], rows: int, length: int, lm_share: float, seed: int
+    ) -> None:
         self._sets, self._first_lm = [*instruct, *lm_text], len(instruct)
         self._shape, self._lm_share, self._seed = (rows, length), lm_share, seed
 

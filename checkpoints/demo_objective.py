@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 from eejax.config import ModelConfig
@@ -42,9 +43,9 @@ def _dot(a: Array, b: Array, over: tuple[int, int] = (1, 0)) -> Array:
     return jax.lax.dot_general(a, b, (((over[0],), (over[1],)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def _turned(a: Array) -> Array:
-    """Transpose that XLA must carry out: folded into a product it would make the product several times slower."""
-    return jax.lax.optimization_barrier(a.T)
+def turned(a: Array) -> Array:
+    """Transpose that XLA must carry out: as a mere change of layout it makes the product several times slower."""
+    return with_layout_constraint(a.T, Layout(major_to_minor=(0, 1)))
 
 
 def _tile_weights(q: Array, k_turned: Array, segments: Array, start: int, stop: int) -> Float[Array, "S GQ"]:
@@ -67,7 +68,7 @@ def _head_attention(
     q: Float[Array, "C G T"], k: Float[Array, "C T"], v: Float[Array, "C T"], segments: Int[Array, " T"]
 ) -> Float[Array, "C G T"]:
     """Causal attention of one KV head and its group of query heads within segments, in float32."""
-    k_turned = _turned(k)
+    k_turned = turned(k)
     parts = []
     for start, stop in _tiles(q.shape[2]):
         weights = _tile_weights(q, k_turned, segments, start, stop).astype(v.dtype)
@@ -83,7 +84,7 @@ def _head_attention_forward(q: Array, k: Array, v: Array, segments: Array) -> tu
 def _head_attention_backward(saved: tuple[Array, ...], d_out: Array) -> tuple[Array, Array, Array, None]:
     q, k, v, segments, out = saved
     dim, group, length = q.shape
-    k_turned, v_turned = _turned(k), _turned(v)
+    k_turned, v_turned = turned(k), turned(v)
     delta = jnp.sum(out * d_out, axis=0)
     d_out = d_out.astype(v.dtype)
     dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
@@ -111,18 +112,15 @@ def attend_within(segments: Int[Array, "B T"], dtype: jnp.dtype, serial: bool) -
     """
 
     def attend(q: Array, k: Array, v: Array, cache: None) -> tuple[Array, None]:
-        heads, dim, rows, length = q.shape
-        kv_heads = k.shape[0]
-        group = heads // kv_heads
-        out_dtype = q.dtype
-        q, k, v = (x.astype(dtype) for x in (q, k, v))
+        (heads, dim, tokens), kv_heads = q.shape, k.shape[0]
+        rows, length = segments.shape
+        group, out_dtype = heads // kv_heads, q.dtype
+        q, k, v = (x.astype(dtype).reshape(-1, dim, rows, length) for x in (q, k, v))
         if serial:
             q = q.reshape(kv_heads, group, dim, rows, length).transpose(3, 0, 2, 1, 4)
             k, v = (x.transpose(2, 0, 1, 3).reshape(-1, dim, length) for x in (k, v))
             each = jnp.repeat(segments, kv_heads, axis=0)
-            o = jax.lax.map(
-                lambda args: _head_attention(*args), (q.reshape(-1, dim, group, length), k, v, each)
-            )
+            o = jax.lax.map(lambda args: _head_attention(*args), (q.reshape(-1, dim, group, length), k, v, each))
             o = o.reshape(rows, kv_heads, dim, group, length).transpose(1, 3, 2, 0, 4)
         else:
             q = q.reshape(kv_heads, group, dim, rows, length)
@@ -130,19 +128,25 @@ def attend_within(segments: Int[Array, "B T"], dtype: jnp.dtype, serial: bool) -
             seen = jnp.tril(jnp.ones((length, length), bool)) & (segments[:, :, None] == segments[:, None])
             weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, MASKED), axis=-1).astype(dtype)
             o = jnp.einsum("bkgts,kcbs->kgcbt", weights, v, preferred_element_type=jnp.float32)
-        return o.reshape(heads, dim, rows, length).astype(out_dtype), cache
+        return o.reshape(heads, dim, tokens).astype(out_dtype), cache
 
     return attend
 
 
 def exit_features(
-    config: ModelConfig, params: dict, tokens: Int[Array, "B T"], segments: Int[Array, "B T"], dtype: jnp.dtype, serial: bool
-) -> Float[Array, "E D B T"]:
-    """Features at every exit point of packed rows. Products in `dtype`, residual stream and norms in float32."""
+    config: ModelConfig,
+    params: dict,
+    tokens: Int[Array, "B T"],
+    segments: Int[Array, "B T"],
+    dtype: jnp.dtype,
+    serial: bool,
+) -> Float[Array, "E D N"]:
+    """Features at every exit point of packed rows, `N = B T`: products in `dtype`, residual stream in float32."""
     model = bind(config, jax.tree.map(lambda p: p.astype(dtype), params))
     # The embedding is read from the float32 parameters, so that its gradient is summed in float32 too.
-    x = jnp.moveaxis(params["embedding"][tokens], -1, 0).astype(jnp.float32)
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    # One token axis, since XLA:CPU is slower on three-dimensional activations.
+    x = params["embedding"][tokens.reshape(-1)].T.astype(jnp.float32)
+    positions = jnp.tile(jnp.arange(tokens.shape[1]), tokens.shape[0])
     freq, attend = model.frequencies(), attend_within(segments, dtype, serial)
     found = []
     for number, block in enumerate(model.blocks, start=1):
@@ -152,10 +156,9 @@ def exit_features(
     return jnp.stack(found)
 
 
-def _chunks(features: Array, chunk: int) -> Array:
-    """`[E, D, N]` to `[N / chunk, D, E * chunk]`."""
+def _chunks(features: Array, chunk: int) -> Float[Array, "n E D c"]:
     exits, dim, tokens = features.shape
-    return features.reshape(exits, dim, tokens // chunk, chunk).transpose(2, 1, 0, 3).reshape(-1, dim, exits * chunk)
+    return features.reshape(exits, dim, tokens // chunk, chunk).transpose(2, 0, 1, 3)
 
 
 def joint_loss(
@@ -175,30 +178,37 @@ def joint_loss(
         Loss per exit, gradient of the output matrix, gradient of the features.
     """
     exits, dim, tokens = features.shape
-    share = jnp.asarray(objective.exit_weights, jnp.float32)[:, None]
-    distill = jnp.asarray(objective.distill_weights(), jnp.float32)[:, None]
-    turned, vocab = _turned(output), jnp.arange(output.shape[0])[:, None]
+    output_turned, vocab = turned(output), jnp.arange(output.shape[0])[:, None]
     total = jnp.maximum(jnp.sum(weights), 1.0)
 
     def step(carry: tuple[Array, Array], part: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], Array]:
         losses, d_output = carry
         f, target, weight = part
-        logits = _dot(output, f).reshape(-1, exits, chunk)
-        top = jnp.max(logits, axis=0)
-        exp = jnp.exp(logits - top)
-        norm = jnp.sum(exp, axis=0)
-        picked = jnp.take_along_axis(logits, target[None, None], axis=0)[0]
-        nll = top + jnp.log(norm) - picked
-        probs = exp / norm
-        wanted = (1 - distill) * (vocab == target).astype(jnp.float32)[:, None] + distill * probs[:, -1:]
-        d_logits = ((probs - wanted) * (share * weight / total)).astype(output.dtype).reshape(-1, exits * chunk)
-        return (losses + jnp.sum(nll * weight, axis=1), d_output + _dot(d_logits, f, (1, 1))), _dot(turned, d_logits)
+        hit = vocab == target
+        nlls, d_features, last = [], [], (0.0, 0.0)
+        # The last exit comes first, since the others learn from it. One product per exit keeps every array
+        # two-dimensional, which XLA:CPU vectorises.
+        for e in reversed(range(exits)):
+            logits = _dot(output, f[e])
+            top = jnp.max(logits, axis=0)
+            exp = jnp.exp(logits - top)
+            norm = jnp.sum(exp, axis=0)
+            nlls.insert(0, top + jnp.log(norm) - jnp.sum(jnp.where(hit, logits, 0.0), axis=0))
+            share, distill = objective.exit_weights[e] * weight / total, objective.distill_weights()[e]
+            d_logits = exp * (share / norm) - jnp.where(hit, share * (1 - distill), 0.0)
+            if e == exits - 1:
+                last = exp, norm
+            elif distill:
+                d_logits = d_logits - last[0] * (share * distill / last[1])
+            d_logits = d_logits.astype(output.dtype)
+            d_features.insert(0, _dot(output_turned, d_logits))
+            d_output = d_output + _dot(d_logits, f[e], (1, 1))
+        return (losses + jnp.sum(jnp.stack(nlls) * weight, axis=1), d_output), jnp.stack(d_features)
 
     carry = (jnp.zeros((exits,), jnp.float32), jnp.zeros(output.shape, jnp.float32))
     parts = (_chunks(features.astype(output.dtype), chunk), targets.reshape(-1, chunk), weights.reshape(-1, chunk))
     (losses, d_output), d_features = jax.lax.scan(step, carry, parts)
-    d_features = d_features.reshape(-1, dim, exits, chunk).transpose(2, 1, 0, 3).reshape(exits, dim, tokens)
-    return losses / total, d_output, d_features
+    return losses / total, d_output, d_features.transpose(1, 2, 0, 3).reshape(exits, dim, tokens)
 
 
 @dataclass(frozen=True)
@@ -221,16 +231,15 @@ def loss_and_grads(
         config, p, batch["tokens"], batch["segments"], numerics.dtype, numerics.serial
     )
     features, pull = jax.vjp(run, params)
-    exits, dim = features.shape[:2]
     losses, d_output, d_features = joint_loss(
         objective,
         params["embedding"].astype(numerics.dtype),
-        features.reshape(exits, dim, -1),
+        features,
         batch["targets"].reshape(-1),
         batch["weights"].reshape(-1),
         numerics.chunk,
     )
-    (grads,) = pull(d_features.reshape(features.shape).astype(features.dtype))
+    (grads,) = pull(d_features.astype(features.dtype))
     return losses, grads | {"embedding": grads["embedding"] + d_output}
 
 
@@ -247,12 +256,12 @@ def exit_scores(
         those of them whose top token is the last exit's.
     """
     features = exit_features(config, params, batch["tokens"], batch["segments"], numerics.dtype, numerics.serial)
-    exits, dim = features.shape[:2]
+    exits = features.shape[0]
     output = params["embedding"].astype(numerics.dtype)
 
     def step(part: tuple[Array, Array, Array]) -> dict[str, Array]:
         f, target, scored = part
-        logits = _dot(output, f).reshape(-1, exits, numerics.chunk)
+        logits = jnp.stack([_dot(output, f[e]) for e in range(exits)], axis=1)
         log_probs = jax.nn.log_softmax(logits, axis=0)
         nll = -jnp.take_along_axis(log_probs, target[None, None], axis=0)[0]
         best, top = jnp.argmax(logits, axis=0), jnp.exp(jnp.max(log_probs, axis=0))
@@ -264,7 +273,10 @@ def exit_scores(
             "agree": jnp.sum(agree, axis=1, dtype=jnp.float32),
         }
 
-    flat = features.reshape(exits, dim, -1).astype(numerics.dtype)
     scored = (batch["weights"] == 1).reshape(-1, numerics.chunk)
-    parts = (_chunks(flat, numerics.chunk), batch["targets"].reshape(-1, numerics.chunk), scored)
+    parts = (
+        _chunks(features.astype(numerics.dtype), numerics.chunk),
+        batch["targets"].reshape(-1, numerics.chunk),
+        scored,
+    )
     return jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.lax.map(step, parts))

@@ -5,23 +5,20 @@ jax is imported inside the commands, so that `--help` and a mistyped flag answer
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from eejax.errors import ConfigError, EejaxError, TokenizerError
+from eejax.errors import ConfigError, TokenizerError
 from eejax.params import DecayingThreshold, EarlyExitParams, SamplingParams
 from eejax.prompts import read_prompts
-from eejax.request import CompletionOutput, RequestOutput
+from eejax.terminal import answer_one_by_one, answer_together, reported_errors
 
 if TYPE_CHECKING:
     from eejax.llm import LLM
@@ -68,25 +65,6 @@ MaxModelLen = Annotated[
 def main() -> None:
     """Console entry point."""
     app()
-
-
-@contextmanager
-def reported_errors() -> Iterator[None]:
-    """Turn what a user can act on into one red line on stderr and exit code 2; an interruption into code 130."""
-    try:
-        yield
-    except EejaxError as error:
-        print_error(error)
-        raise typer.Exit(2) from error
-    except KeyboardInterrupt as error:
-        Console(stderr=True).print("interrupted", style="yellow")
-        raise typer.Exit(130) from error
-
-
-def print_error(error: EejaxError) -> None:
-    """One line on stderr, red where stderr has colours."""
-    text = " ".join(str(error).split())
-    Console(stderr=True, highlight=False).print(f"error: {text}", style="bold red", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -172,8 +150,10 @@ def generate(
             page_size=page_size,
             exit_layers=integers("--exit-layers", exit_layers),
         )
+        if params.early_exit is not None:
+            params.early_exit.thresholds_for(llm.config.model)  # wrong for one prompt, wrong for all
         prompts = texts if raw else [in_chat_template(llm, text) for text in texts]
-        answer = _stream if stream else _answer_all
+        answer = answer_one_by_one if stream else answer_together
         if not answer(llm, texts, prompts, params, as_json):
             raise typer.Exit(2)
 
@@ -226,6 +206,8 @@ def demo(
             max_num_seqs=1,
             exit_layers=integers("--exit-layers", exit_layers),
         )
+        if early_exit is not None:
+            early_exit.thresholds_for(llm.config.model)
         prompts = [in_chat_template(llm, text) for text in texts]
         tour(
             llm, texts, prompts, SamplingParams(temperature=0.0, max_tokens=max_tokens, early_exit=early_exit), repeats
@@ -279,7 +261,7 @@ def early_exit_params(
     chosen: dict[str, Any] = {}
     if threshold is not None:
         values = numbers("--threshold", threshold)
-        chosen["threshold"] = values if len(values) > 1 else values[0]
+        chosen["threshold"] = values[0] if len(values) == 1 else values
     if tau is not None:
         chosen["threshold"] = DecayingThreshold(chosen.get("threshold", EarlyExitParams().threshold), tau)
     if measure is not None:
@@ -305,85 +287,3 @@ def integers(flag: str, text: str | None) -> tuple[int, ...] | None:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise ConfigError(f"{flag} must be integers with commas between them, got {text!r}") from None
-
-
-def _answer_all(llm: LLM, texts: list[str], prompts: list[str], params: SamplingParams, as_json: bool) -> bool:
-    """Answer all prompts together and print them in order. Returns whether all could be served."""
-    start = time.perf_counter()
-    outputs = llm.generate(prompts, params, use_tqdm=len(prompts) > 1 and sys.stderr.isatty())
-    seconds = time.perf_counter() - start
-    several = len(prompts) * params.n > 1
-    for number, (text, output) in enumerate(zip(texts, outputs, strict=True), start=1):
-        if as_json:
-            print(json.dumps(as_mapping(text, output), ensure_ascii=False))
-        else:
-            for answer in output.outputs:
-                if several:
-                    print(f"--- prompt {number}" + (f", answer {answer.index + 1}" if params.n > 1 else ""))
-                print(answer.text)
-        if output.error is not None:
-            print_error(output.error)
-    answers = [answer for output in outputs for answer in output.outputs]
-    print_summary(llm, [layer for answer in answers for layer in answer.exit_layers[1:]], len(answers), seconds)
-    return all(output.error is None for output in outputs)
-
-
-def _stream(llm: LLM, texts: list[str], prompts: list[str], params: SamplingParams, as_json: bool) -> bool:
-    """Answer one prompt after the other, printing what is new. Returns whether all could be served."""
-    start = time.perf_counter()
-    layers: list[int] = []
-    served = 0
-    for number, prompt in enumerate(prompts, start=1):
-        if len(texts) > 1 and not as_json:
-            print(f"--- prompt {number}")
-        try:
-            seen: list[int] = []
-            for delta in llm.stream(prompt, params):
-                seen += delta.exit_layers
-                if as_json:
-                    print(
-                        json.dumps({"prompt_index": number - 1, **dataclasses.asdict(delta)}, ensure_ascii=False),
-                        flush=True,
-                    )
-                else:
-                    print(delta.text, end="", flush=True)
-            layers += seen[1:]
-            served += 1
-            if not as_json:
-                print()
-        except EejaxError as error:
-            print_error(error)
-    print_summary(llm, layers, served, time.perf_counter() - start)
-    return served == len(prompts)
-
-
-def as_mapping(text: str, output: RequestOutput) -> dict[str, Any]:
-    """One prompt's line of `--json`."""
-    return {
-        "prompt": text,
-        "prompt_token_ids": output.prompt_token_ids,
-        "outputs": [_answer_mapping(answer) for answer in output.outputs],
-        "error": None if output.error is None else str(output.error),
-    }
-
-
-def _answer_mapping(answer: CompletionOutput) -> dict[str, Any]:
-    found = {
-        "text": answer.text,
-        "token_ids": answer.token_ids,
-        "exit_layers": answer.exit_layers,
-        "finish_reason": answer.finish_reason,
-    }
-    if answer.logprobs is not None:
-        found["logprobs"] = [{token: one.logprob for token, one in step.items()} for step in answer.logprobs]
-    return found
-
-
-def print_summary(llm: LLM, layers: Sequence[int], answers: int, seconds: float) -> None:
-    """On stderr: tokens, rate, and how deep decoding went. `layers` leave out each answer's first token, from prefill."""
-    tokens, depth = len(layers) + answers, llm.config.model.n_layers
-    text = f"{tokens} tokens in {seconds:.2f} s (compilation and prefill included)"
-    if layers:
-        mean = sum(layers) / len(layers)
-        text += f"; {mean:.2f} of {depth} blocks a decoded token, {1 - mean / depth:.0%} skipped"
-    Console(stderr=True, highlight=False).print(text, style="dim", soft_wrap=True)

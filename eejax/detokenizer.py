@@ -82,10 +82,10 @@ class Detokenizer:
             self._settled.append(len(self._window))
         new = ""
         if not undecided or text.startswith(self._taken):
-            new = text[len(self._taken) : len(text) - undecided]
-            self._taken += new
-        if len(self._window) >= self._limit:
-            self._slide()
+            end = max(len(self._taken), len(text) - undecided)  # three bytes may turn into one replacement character
+            new, self._taken = text[len(self._taken) : end], text[:end]
+            if len(self._window) >= self._limit:
+                self._slide()
         return self._show(new)
 
     def finish(self) -> str:
@@ -105,8 +105,9 @@ class Detokenizer:
         start = max((length for length in self._settled if length <= half), default=half)
         text = self._tokenizer.decode(self._window[start:])
         taken = len(text) - (len(self._text) - len(self._taken))
-        # A window that begins inside a character is wrong in its first characters, three at the most, then never again.
-        if taken > MAX_UNDECIDED and text[taken - 1 :] == self._text[len(self._taken) - 1 :]:
+        # The text may be wrong where it begins: whitespace stripped, bytes of a half character shown one by one, at
+        # most three. Behind them it is right, whatever follows.
+        if taken > MAX_UNDECIDED:
             del self._window[:start]
             self._settled = [length - start for length in self._settled if length > start]
             self._text, self._taken = text, text[:taken]

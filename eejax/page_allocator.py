@@ -9,7 +9,7 @@ from eejax.config import require_positive_int
 from eejax.errors import EejaxError
 
 
-class OutOfPages(EejaxError, RuntimeError):  # noqa: N818 - a condition the scheduler plans for, not a mistake
+class OutOfPages(EejaxError, RuntimeError):
     """Fewer pages are free than were asked for."""
 
 

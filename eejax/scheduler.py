@@ -3,7 +3,8 @@
 Continuous batching at the level of iterations: sequences join and leave between any two device calls. Two things are
 kept true between calls, and everything else follows from them:
 
-* `running` followed by `waiting` is the order of arrival. Running sequences hold pages and a slot, waiting ones neither.
+* `running` followed by `waiting` is the order of arrival. Running sequences hold pages and a slot, waiting
+  ones neither.
 * A running sequence has all its tokens but the last in the cache; the last is the input of its next decode step.
 
 Progress. The youngest running sequence gives way first, so the oldest gives way only to itself, that is never: alone it
@@ -190,7 +191,7 @@ class Scheduler:
         it stands earlier in the very same batch, whose rows the runner executes in order, one after another; the pages
         live on by the sharer's reference even if the leader is preempted or finishes.
         """
-        leader = next((other for other in seq.request.sequences if other is not seq and other.pages), None)
+        leader = next((other for other in seq.request.sequences if other.pages), None)  # never `seq`: it waits
         if leader is None:
             return []
         return leader.pages[: (len(seq.request.prompt_token_ids) - 1) // self._page_size]

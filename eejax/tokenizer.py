@@ -135,17 +135,18 @@ class SentencePieceTokenizer:
         """
         if not isinstance(text, str):
             raise TokenizerError(f"text to encode must be a str, got {type(text).__name__}")
-        ids: list[int] = []
         try:
-            for part in self._split.split(text):
-                if part in self._special:
-                    ids.append(self._special[part])
-                elif part == SPACE_MARK:
-                    ids.extend(self._mark_ids)
-                elif part:
-                    ids.extend(self._sp.encode(part))
+            text.encode()
         except UnicodeEncodeError as error:
             raise TokenizerError(f"text cannot be written as UTF-8: {error}") from error
+        ids: list[int] = []
+        for part in self._split.split(text):
+            if part in self._special:
+                ids.append(self._special[part])
+            elif part == SPACE_MARK:
+                ids.extend(self._mark_ids)
+            elif part:
+                ids.extend(self._sp.encode(part))
         if add_bos and self._add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             ids.insert(0, self.bos_id)
         return ids

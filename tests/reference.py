@@ -42,10 +42,13 @@ class Margins:
 
 @dataclass(frozen=True)
 class ReferenceResult:
+    """An answer; `logprobs` are the natural log-probabilities of its tokens."""
+
     token_ids: tuple[int, ...]
     exit_layers: tuple[int, ...]
     finish_reason: str
     margins: Margins
+    logprobs: tuple[float, ...]
 
 
 def float_tree(tree, dtype=np.float64):
@@ -237,6 +240,7 @@ def generate(
     stops = {*stop_token_ids, *(() if eos_id is None else (eos_id,))}
     tokens: list[int] = []
     exit_layers: list[int] = []
+    logprobs: list[float] = []
     logit_margin = confidence_margin = math.inf
 
     def leave(layer: int, logits) -> bool:
@@ -257,9 +261,11 @@ def generate(
         logit_margin = min(logit_margin, float(first - second))
         tokens.append(int(np.argmax(logits)))  # the first, hence lowest, of equals
         exit_layers.append(layer)
+        logprobs.append(float(np.log(softmax(logits)[tokens[-1]])))
         if tokens[-1] in stops or len(tokens) == max_tokens:
             reason = "stop" if tokens[-1] in stops else "length"
-            return ReferenceResult(tuple(tokens), tuple(exit_layers), reason, Margins(logit_margin, confidence_margin))
+            margins = Margins(logit_margin, confidence_margin)
+            return ReferenceResult(tuple(tokens), tuple(exit_layers), reason, margins, tuple(logprobs))
         logits, layer = sequence.step(tokens[-1], leave)
 
 
