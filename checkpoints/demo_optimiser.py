@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Hashable
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -41,17 +42,19 @@ def orthogonalised(matrix: Float[Array, "o i"], dtype: Any, steps: int = 5) -> F
 def scale_by_muon(dtype: Any, decay: float = 0.95) -> optax.GradientTransformation:
     """Nesterov momentum, orthogonalised; scaled so that a step changes each output about equally for every shape."""
 
-    def init(params: optax.Params) -> MuonState:
+    def init(params: optax.Params) -> optax.OptState:
         return MuonState(jax.tree.map(jnp.zeros_like, params))
 
-    def update(grads: optax.Updates, state: MuonState, params: Any = None) -> tuple[optax.Updates, MuonState]:
-        momentum = jax.tree.map(lambda m, g: decay * m + (1 - decay) * g, state.momentum, grads)
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        momentum = jax.tree.map(lambda m, g: decay * m + (1 - decay) * g, cast(MuonState, state).momentum, updates)
 
         def step(m: Array, g: Array) -> Array:
             scale = max(1.0, m.shape[0] / m.shape[1]) ** 0.5
             return scale * orthogonalised(decay * m + (1 - decay) * g, dtype)
 
-        return jax.tree.map(step, momentum, grads), MuonState(momentum)
+        return jax.tree.map(step, momentum, updates), MuonState(momentum)
 
     return optax.GradientTransformation(init, update)
 
@@ -73,5 +76,9 @@ def demo_optimiser(dtype: Any, clip: float, weight_decay: float, muon_ratio: flo
     adam = optax.scale_by_adam(b1=0.9, b2=0.95)
     decay = optax.add_decayed_weights(weight_decay)
     muon = optax.chain(scale_by_muon(dtype), optax.scale(muon_ratio), decay)
-    groups = {"muon": muon, "embedding": optax.chain(adam, decay), "vector": adam}
+    groups: dict[Hashable, optax.GradientTransformation] = {
+        "muon": muon,
+        "embedding": optax.chain(adam, decay),
+        "vector": adam,
+    }
     return optax.chain(optax.clip_by_global_norm(clip), optax.partition(groups, kinds))

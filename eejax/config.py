@@ -22,6 +22,11 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def is_number(value: object) -> bool:
+    """Whether `value` is an int or float; a bool is neither."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def require_positive_int(owner: str, **values: object) -> None:
     """Raise `ConfigError` for any value that is not an int of at least 1."""
     for name, value in values.items():
@@ -47,6 +52,7 @@ def named_options[T](cls: type[T]) -> type[T]:
 def from_mapping[T](cls: type[T], values: dict[str, Any]) -> T:
     """Build a dataclass from a mapping; unknown or missing keys raise `ConfigError` naming them."""
     known = {field.name: field for field in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
+    require(isinstance(values, dict), f"{cls.__name__} must be a mapping of options, got {values!r}")
     unknown = sorted(set(values) - set(known))
     require(not unknown, f"{cls.__name__} has no option {', '.join(unknown)}; allowed: {', '.join(sorted(known))}")
     missing = [
@@ -69,6 +75,9 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         require_positive_int("RopeScaling", original_max_position=self.original_max_position)
+        for name in ("factor", "low_freq_factor", "high_freq_factor"):
+            value = getattr(self, name)
+            require(is_number(value), f"RopeScaling.{name} must be a number, got {value!r}")
         require(self.factor >= 1, f"RopeScaling.factor must be at least 1, got {self.factor!r}")
         require(
             0 < self.low_freq_factor < self.high_freq_factor,
@@ -94,6 +103,10 @@ class ExitConfig:
     tie_output: bool = True
 
     def __post_init__(self) -> None:
+        require(
+            isinstance(self.layers, list | tuple),
+            f"ExitConfig.layers must be a list of block numbers, got {self.layers!r}",
+        )
         object.__setattr__(self, "layers", tuple(self.layers))
         for layer in self.layers:
             require_positive_int("ExitConfig", layers=layer)
@@ -147,10 +160,13 @@ class ModelConfig:
         )
         require(self.head_dim % 2 == 0, f"ModelConfig.head_dim must be even for rotary embedding, got {self.head_dim}")
         require(
-            math.isfinite(self.rope_theta) and self.rope_theta > 0,
+            is_number(self.rope_theta) and math.isfinite(self.rope_theta) and self.rope_theta > 0,
             f"ModelConfig.rope_theta must be positive, got {self.rope_theta!r}",
         )
-        require(0 < self.norm_eps < 1, f"ModelConfig.norm_eps must lie in (0, 1), got {self.norm_eps!r}")
+        require(
+            is_number(self.norm_eps) and 0 < self.norm_eps < 1,
+            f"ModelConfig.norm_eps must lie in (0, 1), got {self.norm_eps!r}",
+        )
         bad = [layer for layer in self.exits.layers if layer >= self.n_layers]
         require(
             not bad,

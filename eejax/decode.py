@@ -283,8 +283,8 @@ def _test_exit(
     by_logits = exits.uses(rows, exits.NEEDS_LOGITS)
     limits = exits.thresholds_at(rows, index, state.generated)
 
-    def leave(step: Step, seen: exits.Observation, asking: Array) -> tuple[Step, Array]:
-        leaving = asking & (exits.confidence(rows, seen) >= limits)
+    def leave(step: Step, seen: exits.Observation) -> tuple[Step, Array]:
+        leaving = asks & (exits.confidence(rows, seen) >= limits)
         step = replace(
             step,
             features=jnp.where(leaving, features, step.features),
@@ -295,7 +295,7 @@ def _test_exit(
 
     def with_head(step: Step) -> Step:
         logits = model.logits(layer, features)
-        step, leaving = leave(step, exits.Observation(logits, jnp.zeros(asks.shape)), asks & by_logits)
+        step, leaving = leave(step, exits.Observation(logits=logits))
         # Whoever leaves here is scored by these very logits: no second projection.
         return replace(
             step,
@@ -305,8 +305,7 @@ def _test_exit(
         )
 
     def without_head(step: Step) -> Step:
-        draw = exits.uniform_draw(rows, state.generated)
-        return leave(step, exits.Observation(step.logits, draw), asks & ~by_logits)[0]
+        return leave(step, exits.Observation(uniform=exits.uniform_draw(rows, state.generated)))[0]
 
     step = run_if(jnp.any(asks & by_logits), with_head, step)
     return run_if(jnp.any(asks & ~by_logits), without_head, step)

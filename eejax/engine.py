@@ -123,23 +123,29 @@ class Engine:
         for seq in request.sequences:
             if seq.finish_reason is None:
                 self.scheduler.finish(seq, "abort")
-                self._flush(seq)
+                if seq in self._detokenizers:
+                    self._detokenizers[seq].finish()
         return self._output(request)
 
-    def step(self) -> list[RequestOutput]:
-        """Run one micro-batch. Returns the requests that got tokens or finished, with everything they have so far."""
-        batch = self.scheduler.schedule()
+    def step(self, max_steps: int | None = None) -> list[RequestOutput]:
+        """Run one micro-batch. Returns the requests that got tokens or finished, with everything they have so far.
+
+        Args:
+            max_steps: decode steps at the most, below what the scheduler would choose.
+        """
+        batch = self.scheduler.schedule(max_steps)
         if batch is None:
             return []
         prefilled = sum(seq.prefill_length - seq.num_cached for seq in batch.rows) if batch.kind == "prefill" else 0
+        known = [len(seq.output_token_ids) for seq in batch.rows]
         result = self.runner.run(batch)
         self.scheduler.update(batch, result)
         touched: dict[str, Request] = {}
-        for seq, row in zip(batch.rows, result.rows, strict=True):
+        for seq, before in zip(batch.rows, known, strict=True):
             touched[seq.request.request_id] = seq.request
-            self._detokenize(seq, row.token_ids)
-            self._counts["tokens"] += len(row.token_ids)
-            self._counts["token_blocks"] += sum(row.exit_layers) if batch.kind == "decode" else 0
+            self._detokenize(seq, seq.output_token_ids[before:])
+            self._counts["tokens"] += len(seq.output_token_ids) - before
+            self._counts["token_blocks"] += sum(seq.exit_layers[before:]) if batch.kind == "decode" else 0
         self._counts["prompt_tokens"] += prefilled
         self._counts["steps"] += result.steps
         self._counts["blocks_run"] += result.blocks_run
@@ -229,14 +235,11 @@ class Engine:
             detokenizer.append(token)
             if detokenizer.stopped:
                 seq.truncate(kept + count)
-                self.scheduler.finish(seq, "stop")
                 break
         if seq.finish_reason is not None:
-            self._flush(seq)
-
-    def _flush(self, seq: Sequence) -> None:
-        if seq in self._detokenizers:
-            self._detokenizers[seq].finish()
+            detokenizer.finish()  # what was held back may complete a stop string, too
+        if detokenizer.stopped:
+            self.scheduler.finish(seq, "stop")
 
     def _output(self, request: Request) -> RequestOutput:
         """What there is of a request; when it is finished, forget it."""

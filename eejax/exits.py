@@ -44,10 +44,15 @@ class ExitRows:
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """What measures may look at, at one exit: its logits (of rows whose measure needs them) and the draw per token."""
+    """What measures may look at, at one exit. What is None was not computed, and rows that need it do not leave.
 
-    logits: Float[Array, "V B"]
-    uniform: Float[Array, " B"]
+    Attributes:
+        logits: this exit's logits.
+        uniform: one draw per token.
+    """
+
+    logits: Float[Array, "V B"] | None = None
+    uniform: Float[Array, " B"] | None = None
 
 
 def uses(rows: ExitRows, names: frozenset[str]) -> Bool[Array, " B"]:
@@ -89,7 +94,15 @@ def top_probabilities(logits: Float[Array, "V B"]) -> tuple[Float[Array, " B"], 
 
 
 def confidence(rows: ExitRows, seen: Observation) -> Float[Array, " B"]:
-    """Each row's confidence under its own measure. Rows whose measure was not computed must be masked by the caller."""
-    top, second = top_probabilities(seen.logits)
-    by_measure = {"softmax": top, "margin": top - second, "random": seen.uniform}
-    return jnp.choose(rows.measure, [by_measure[name] for name in MEASURES], mode="clip")
+    """Each row's confidence under its own measure, below every threshold where that was not observed."""
+    found: dict[str, Array] = {}
+    if seen.logits is not None:
+        top, second = top_probabilities(seen.logits)
+        found |= {"softmax": top, "margin": top - second}
+    if seen.uniform is not None:
+        found["random"] = seen.uniform
+    result = jnp.full(rows.measure.shape, -jnp.inf)
+    for index, name in enumerate(MEASURES):
+        if name in found:
+            result = jnp.where(rows.measure == index, found[name], result)
+    return result

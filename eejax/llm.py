@@ -36,6 +36,8 @@ from eejax.weights import load_checkpoint
 log = logging.getLogger(__name__)
 
 DTYPES = ("float32", "bfloat16", "float16")
+STREAM_STEPS = 4
+"""Decode steps between two looks at a streamed answer: few, so that text flows; more than one, to spare the host."""
 CPU_CACHE_BYTES = 2**30
 """Default ceiling of the KV cache on CPU, where nothing says how much memory is free for it."""
 GPU_CACHE_SHARE = 0.8
@@ -224,7 +226,7 @@ class LLM:
         shown, seen, finished = 0, 0, False
         try:
             while not finished:
-                for output in self.engine.step():
+                for output in self.engine.step(STREAM_STEPS):
                     if output.request_id != request:
                         continue
                     answer, finished = output.outputs[0], output.finished

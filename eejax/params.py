@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from eejax.config import ModelConfig, named_options, require, require_positive_int
+from eejax.config import ModelConfig, is_number, named_options, require, require_positive_int
 from eejax.errors import InvalidRequestError
 
+type Thresholds = float | list[float] | tuple[float, ...]
 Measure = Literal["softmax", "margin", "random"]
 
 MAX_CONFIDENCE = 1.0
@@ -17,13 +18,9 @@ MAX_CONFIDENCE = 1.0
 MAX_LOGPROBS = 20
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def _require_number(owner: str, name: str, value: object, low: float, high: float, allowed: str) -> None:
     require(
-        _is_number(value) and low <= value <= high,  # pyright: ignore[reportOperatorIssue]
+        is_number(value) and low <= value <= high,  # pyright: ignore[reportOperatorIssue]
         f"{owner}.{name} must be {allowed}, got {value!r}",
     )
 
@@ -37,7 +34,7 @@ class DecayingThreshold:
     early tokens, whose mistakes spread furthest, are held to more.
     """
 
-    value: float | Sequence[float]
+    value: Thresholds
     tau: float = 4.0
 
     def __post_init__(self) -> None:
@@ -45,14 +42,13 @@ class DecayingThreshold:
         _require_number("DecayingThreshold", "tau", self.tau, 0.0, 1e6, "a number in [0, 1e6]")
 
 
-def _checked_thresholds(name: str, value: float | Sequence[float]) -> float | tuple[float, ...]:
-    many = isinstance(value, list | tuple)
-    values = tuple(value) if many else (value,)
+def _checked_thresholds(name: str, value: Thresholds) -> float | tuple[float, ...]:
+    values = value if isinstance(value, list | tuple) else (value,)
     require(
-        all(_is_number(one) and one >= 0 for one in values),  # False for NaN
+        all(is_number(one) and one >= 0 for one in values),  # False for NaN
         f"{name} must be numbers of at least 0 (above 1 is full depth), got {value!r}",
     )
-    return tuple(float(one) for one in values) if many else float(values[0])
+    return tuple(float(one) for one in value) if isinstance(value, list | tuple) else float(value)
 
 
 @named_options
@@ -70,7 +66,7 @@ class EarlyExitParams:
         min_layers: blocks every token runs at least.
     """
 
-    threshold: float | Sequence[float] | DecayingThreshold = 0.9
+    threshold: Thresholds | DecayingThreshold = 0.9
     measure: Measure = "softmax"
     exit_layers: Sequence[int] | None = None
     min_layers: int = 0
@@ -111,8 +107,7 @@ class EarlyExitParams:
         if self.min_layers > model.n_layers:
             raise InvalidRequestError(f"min_layers {self.min_layers} is above the model's {model.n_layers} blocks")
         values = self.threshold.value if isinstance(self.threshold, DecayingThreshold) else self.threshold
-        if not isinstance(values, tuple):
-            values = (values,) * len(used)
+        values = values if isinstance(values, list | tuple) else (values,) * len(used)
         if len(values) != len(used):
             raise InvalidRequestError(
                 f"{len(values)} thresholds {list(values)} for {len(used)} exits {list(used)}: give one, or one per exit"
@@ -158,7 +153,7 @@ class SamplingParams:
         require_positive_int(me, n=self.n)
         _require_number(me, "temperature", self.temperature, 0.0, 1e3, "a number in [0, 1000]")
         require(
-            _is_number(self.top_p) and 0 < self.top_p <= 1,
+            is_number(self.top_p) and 0 < self.top_p <= 1,
             f"{me}.top_p must be a number in (0, 1], got {self.top_p!r}",
         )
         _require_number(me, "min_p", self.min_p, 0.0, 1.0, "a number in [0, 1]")

@@ -96,8 +96,11 @@ class Scheduler:
         """Queue fresh sequences behind all others."""
         self._waiting.extend(sequences)
 
-    def schedule(self) -> MicroBatch | None:
+    def schedule(self, max_steps: int | None = None) -> MicroBatch | None:
         """Decide the next micro-batch and give its rows their pages; None when there is no work.
+
+        Args:
+            max_steps: keep a decode chunk this short, for somebody who watches the tokens come.
 
         Prefill and decode take turns while there is work for both, so running rows wait for one prefill batch at most.
 
@@ -111,7 +114,7 @@ class Scheduler:
         if self._waiting and not (self._running and self._prefilled_last):
             batch = self._prefill_batch()
         if batch is None and self._running:
-            batch = self._decode_batch()
+            batch = self._decode_batch(min(max_steps or self._config.max_chunk_steps, self._config.max_chunk_steps))
         self._in_flight = batch
         self._prefilled_last = batch is not None and batch.kind == "prefill"
         return batch
@@ -196,10 +199,10 @@ class Scheduler:
             return []
         return leader.pages[: (len(seq.request.prompt_token_ids) - 1) // self._page_size]
 
-    def _decode_batch(self) -> MicroBatch:
+    def _decode_batch(self, longest: int) -> MicroBatch:
         """Give the rows pages for as long a chunk as fits; when not even one step does, the policy's victim goes."""
         rows = self._policy.decode_rows(self._running)
-        while not (n_steps := self._steps_that_fit(rows)):
+        while not (n_steps := self._steps_that_fit(rows, longest)):
             if len(self._running) == 1:
                 raise OutOfPages(f"a sequence of {rows[0].num_tokens} tokens fills {self._allocator.num_pages} pages")
             self._preempt(self._policy.victim(self._running))
@@ -208,9 +211,9 @@ class Scheduler:
             row.pages += self._allocator.allocate(self._missing(row, n_steps))
         return MicroBatch("decode", tuple(rows), n_steps, yield_on_free=self._someone_could_follow(rows))
 
-    def _steps_that_fit(self, rows: list[Sequence]) -> int:
-        """The longest chunk that all rows have pages for, of a full one and its halvings; 0 if there is none."""
-        steps = min(self._config.max_chunk_steps, max(row.remaining for row in rows))
+    def _steps_that_fit(self, rows: list[Sequence], longest: int) -> int:
+        """The longest chunk that all rows have pages for, of `longest` and its halvings; 0 if there is none."""
+        steps = min(longest, max(row.remaining for row in rows))
         while steps and sum(self._missing(row, steps) for row in rows) > self._allocator.num_free:
             steps //= 2
         return steps
@@ -249,7 +252,7 @@ class Scheduler:
         logprobs = row.logprobs or (None,) * len(row.token_ids)
         for token, exit_layer, logprob in zip(row.token_ids, row.exit_layers, logprobs, strict=True):
             if seq.finish_reason is not None:
-                raise RuntimeError(f"a row of request {seq.request.request_id} went on after its end")
+                break  # the device knows only some of a request's stop ids, and may have gone on behind another
             seq.append(token, exit_layer, logprob)
 
     def _missing(self, seq: Sequence, steps: int) -> int:

@@ -430,9 +430,6 @@ def test_results_that_cannot_be_are_refused():
     with pytest.raises(RuntimeError, match=r"decode row of request r\d+ returned 3 tokens, 0 to 2"):
         scheduler.update(batch, result(5, 6, 7))
     scheduler, batch, _ = scheduled(1)
-    with pytest.raises(RuntimeError, match="went on after its end"):
-        scheduler.update(batch, result(STOP, 6))
-    scheduler, batch, _ = scheduled(1)
     with pytest.raises(ValueError, match="zip"):
         scheduler.update(batch, StepResult(()))
     with pytest.raises(ConfigError, match="page_size"):
@@ -574,3 +571,13 @@ def test_nothing_is_lost_doubled_leaked_overtaken_or_starved(
             assert seq.output_token_ids == answer
             assert len(seq.exit_layers) == len(answer)
             assert seq.finish_reason in (("stop",) if answer[-1] == STOP else ("length", "stop"))
+
+
+def test_tokens_behind_a_stop_id_that_the_device_did_not_know_are_dropped():
+    scheduler, allocator = make_scheduler(8)
+    (seq,) = make_request(3, 9).sequences
+    scheduler.add([seq])
+    step(scheduler, FakeDevice(page_size=4))
+    batch = scheduler.schedule()
+    scheduler.update(batch, StepResult((RowResult((STOP, 6), (4, 4)),)))
+    assert (seq.output_token_ids[-1], seq.finish_reason, allocator.num_used) == (STOP, "stop", 0)
