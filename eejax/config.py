@@ -192,6 +192,8 @@ class ModelConfig:
 
     def with_exit_layers(self, layers: tuple[int, ...] | list[int]) -> Self:
         """The same model with other exits. Heads other than `shared` are trained, so only a subset can be chosen."""
+        for layer in layers:
+            require_positive_int("ExitConfig", layers=layer)
         layers = tuple(sorted(set(layers)))
         if self.exits.head != "shared":
             unknown = [layer for layer in layers if layer not in self.exits.layers]

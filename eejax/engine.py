@@ -9,7 +9,7 @@ from typing import Protocol
 
 from eejax.config import EngineConfig
 from eejax.detokenizer import Detokenizer
-from eejax.errors import CapacityError, InvalidRequestError
+from eejax.errors import CapacityError, InvalidRequestError, TokenizerError
 from eejax.page_allocator import PageAllocator
 from eejax.params import SamplingParams
 from eejax.request import CompletionOutput, PromptLike, Request, RequestMetrics, RequestOutput, Sequence
@@ -210,7 +210,10 @@ class Engine:
                 raise InvalidRequestError("a text prompt needs a tokenizer; give {'prompt_token_ids': [...]} instead")
             if not prompt:
                 raise InvalidRequestError("the prompt is empty")
-            ids: Seq[int] = self.tokenizer.encode(prompt)
+            try:
+                ids: Seq[int] = self.tokenizer.encode(prompt)
+            except TokenizerError as error:
+                raise InvalidRequestError(f"the prompt cannot be tokenised: {error}") from error
         elif isinstance(prompt, dict) and set(prompt) == {"prompt_token_ids"}:
             ids = prompt["prompt_token_ids"]
         else:

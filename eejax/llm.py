@@ -109,6 +109,7 @@ class LLM:
             seed=seed,
         )
         wanted = _dtype(dtype)
+        _check(options)  # before anything is loaded
         tokenizer = load_tokenizer(Path(path))
         model, params = load_checkpoint(Path(path), dtype=wanted)
         self._build(model, params, tokenizer, tokenizer.eos_id, options)
@@ -127,6 +128,7 @@ class LLM:
         """The same over parameters at hand (`eejax.model.init_params`), for instance random ones."""
         llm = cls.__new__(cls)
         wanted = _dtype(dtype)
+        _check(options)
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, wanted), params)
         llm._build(model, params, tokenizer, eos_id, options)
         return llm
@@ -134,8 +136,6 @@ class LLM:
     def _build(
         self, model: ModelConfig, params: dict, tokenizer: Tokenizer | None, eos_id: int | None, options: Options
     ) -> None:
-        unknown = sorted(set(options) - set(Options.__annotations__))
-        require(not unknown, f"LLM has no option {', '.join(unknown)}; allowed: {', '.join(Options.__annotations__)}")
         exit_layers = options.get("exit_layers")
         if exit_layers is not None:
             model = model.with_exit_layers(tuple(exit_layers))
@@ -145,8 +145,6 @@ class LLM:
         length = model.max_position if max_model_len is None else max_model_len
         scheduler = SchedulerConfig(max_num_seqs=options.get("max_num_seqs", 32))
         page_size, num_pages = options.get("page_size", 64), options.get("num_pages")
-        CacheConfig(num_pages=1, page_size=page_size)  # validated before anything is divided by it
-        require_positive_int("LLM", max_model_len=length)
         if num_pages is None:
             itemsize = jax.tree.leaves(params)[0].dtype.itemsize
             num_pages = _default_num_pages(model, length, scheduler.max_num_seqs, page_size, itemsize)
@@ -159,6 +157,7 @@ class LLM:
         )
         self.tokenizer = tokenizer
         self.engine = Engine(self.config, params, tokenizer, eos_id)
+        self._news: dict[str, RequestOutput | None] = {}  # of open streams: the latest output that was not passed on
 
     def generate(
         self,
@@ -183,6 +182,8 @@ class LLM:
                 parameters differ.
         """
         single = isinstance(prompts, str | dict)
+        if not isinstance(prompts, str | dict | Iterable):
+            raise InvalidRequestError(f"prompts must be text, {{'prompt_token_ids': [...]}} or a list, got {prompts!r}")
         items: list[PromptLike] = [prompts] if single else list(prompts)  # pyright: ignore[reportAssignmentType]
         params = self._params_per_prompt(sampling_params, len(items))
         outputs: dict[str, RequestOutput] = {}
@@ -202,7 +203,7 @@ class LLM:
                 task = bar.add_task("answering", total=len(items), completed=len(outputs))
                 mine = set(ids)
                 while mine - outputs.keys():
-                    for output in self.engine.step():
+                    for output in self._step():
                         if output.finished and output.request_id in mine:
                             outputs[output.request_id] = output
                             bar.update(task, completed=len(outputs))
@@ -216,27 +217,38 @@ class LLM:
         Raises:
             InvalidRequestError: the prompt or parameters do not fit, or `n` is not 1. Raised at the call itself.
         """
-        params = params or SamplingParams()
-        if params.n != 1:
+        params = SamplingParams() if params is None else params
+        if isinstance(params, SamplingParams) and params.n != 1:
             raise InvalidRequestError(f"stream answers once, got n={params.n}")
-        request = self.engine.add_request(prompt, params)
-        return self._deltas(request)
+        deltas = self._deltas(self.engine.add_request(prompt, params))
+        next(deltas)  # into its `try`, so that closing it aborts the request even before the first piece
+        return deltas
 
     def _deltas(self, request: str) -> Iterator[StreamDelta]:
         shown, seen, finished = 0, 0, False
+        self._news[request] = None
         try:
+            yield StreamDelta("", (), (), None)
             while not finished:
-                for output in self.engine.step(STREAM_STEPS):
-                    if output.request_id != request:
-                        continue
-                    answer, finished = output.outputs[0], output.finished
-                    yield StreamDelta(
-                        answer.text[shown:], answer.token_ids[seen:], answer.exit_layers[seen:], answer.finish_reason
-                    )
-                    shown, seen = len(answer.text), len(answer.token_ids)
+                output, self._news[request] = self._news[request], None
+                if output is None:
+                    self._step(STREAM_STEPS)
+                    continue
+                answer, finished = output.outputs[0], output.finished
+                yield StreamDelta(
+                    answer.text[shown:], answer.token_ids[seen:], answer.exit_layers[seen:], answer.finish_reason
+                )
+                shown, seen = len(answer.text), len(answer.token_ids)
         finally:
+            del self._news[request]
             if not finished:
                 self._abort_all([request])
+
+    def _step(self, max_steps: int | None = None) -> list[RequestOutput]:
+        """One step of the engine, whoever asks for it; what it has for open streams is kept until they look."""
+        outputs = self.engine.step(max_steps)
+        self._news.update((output.request_id, output) for output in outputs if output.request_id in self._news)
+        return outputs
 
     def stats(self) -> EngineStats:
         """Counts since the model was loaded: tokens, steps, blocks, compilations, pages in use."""
@@ -257,10 +269,26 @@ class LLM:
             return [SamplingParams()] * count
         if isinstance(given, SamplingParams):
             return [given] * count
-        given = list(given)
+        if not isinstance(given, list | tuple):
+            raise InvalidRequestError(f"sampling parameters must be SamplingParams or a list of them, got {given!r}")
         if len(given) != count:
             raise InvalidRequestError(f"{len(given)} sampling parameters for {count} prompts: give one, or one each")
-        return given
+        return list(given)
+
+
+def _check(options: Options) -> None:
+    """Refuse options that no model could be loaded with."""
+    names = Options.__annotations__
+    unknown = sorted(set(options) - set(names))
+    require(not unknown, f"LLM has no option {', '.join(unknown)}; allowed: {', '.join(names)}")
+    exit_layers = options.get("exit_layers")
+    require(
+        exit_layers is None or isinstance(exit_layers, list | tuple),
+        f"LLM.exit_layers must be a list of block numbers, got {exit_layers!r}",
+    )
+    for name in ("max_model_len", "num_pages", "max_num_seqs", "page_size"):
+        if (value := options.get(name)) is not None:
+            require_positive_int("LLM", **{name: value})
 
 
 def _progress(shown: bool) -> Progress:

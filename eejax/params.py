@@ -172,7 +172,8 @@ class SamplingParams:
         object.__setattr__(self, "stop", tuple(stop))  # a tuple from here on
         ids = self.stop_token_ids
         require(
-            isinstance(ids, list | tuple) and all(isinstance(i, int) and i >= 0 for i in ids),
+            isinstance(ids, list | tuple)
+            and all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids),
             f"{me}.stop_token_ids must be a list of token ids, got {ids!r}",
         )
         object.__setattr__(self, "stop_token_ids", tuple(ids))

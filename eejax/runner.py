@@ -230,7 +230,8 @@ class Runner:
             keys[i] = request.seed, seq.index
             # The likeliest token alone is left by top_k=1: greedy, with ties decided as greedy decides them.
             temperature[i] = 0.0 if params.top_k == 1 else params.temperature
-            top_k[i], top_p[i], min_p[i] = params.top_k, params.top_p, params.min_p
+            top_k[i] = min(params.top_k, self.config.model.vocab_size)  # any integer is allowed, int32 is not any
+            top_p[i], min_p[i] = params.top_p, params.min_p
             logprobs[i] = -1 if params.logprobs is None else params.logprobs
         return Rows(
             _host(table),
@@ -256,6 +257,7 @@ def _logprobs(report: TokenLogprobs, token: int, row: int, count: int) -> dict[i
     found = {
         int(i): Logprob(float(p), n)
         for n, (i, p) in enumerate(zip(report.top_ids[:count, row], report.top[:count, row], strict=True), start=1)
+        if i >= 0
     }
     found.setdefault(token, Logprob(float(report.chosen[row]), int(report.rank[row])))
     return found

@@ -27,7 +27,10 @@ class SamplingRows:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Log-probability and rank of the chosen token, and the likeliest `R = MAX_LOGPROBS` tokens in order."""
+    """Log-probability and rank of the chosen token, and the likeliest `R = MAX_LOGPROBS` tokens in order.
+
+    Places that a smaller vocabulary leaves empty hold id -1.
+    """
 
     chosen: Float[Array, " B"]
     rank: Int[Array, " B"]
@@ -77,7 +80,7 @@ def keep_mask(probs: Float[Array, "V B"], rows: SamplingRows) -> Array:
 def sample(logits: Float[Array, "V B"], rows: SamplingRows, keys: Array) -> Int[Array, " B"]:
     """Draw one token per row by the Gumbel-max rule from the kept tokens; greedy rows take the argmax."""
     greedy = rows.temperature <= 0
-    scaled = logits / jnp.where(greedy, 1.0, rows.temperature)
+    scaled = (logits - jnp.max(logits, axis=0)) / jnp.where(greedy, 1.0, rows.temperature)
     kept = keep_mask(jax.nn.softmax(scaled, axis=0), rows)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[:1]), out_axes=1)(keys)
     noisy = jnp.where(kept, scaled + noise, -jnp.inf)
@@ -92,4 +95,4 @@ def token_logprobs(logits: Float[Array, "V B"], tokens: Int[Array, " B"]) -> Tok
     top, ids = jax.lax.top_k(logp.T, min(MAX_LOGPROBS, logits.shape[0]))
     pad = MAX_LOGPROBS - top.shape[1]
     top = jnp.pad(top, ((0, 0), (0, pad)), constant_values=-jnp.inf)
-    return TokenLogprobs(chosen, rank, top.T, jnp.pad(ids, ((0, 0), (0, pad))).T)
+    return TokenLogprobs(chosen, rank, top.T, jnp.pad(ids, ((0, 0), (0, pad)), constant_values=-1).T)

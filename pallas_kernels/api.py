@@ -6,6 +6,7 @@ L blocks, P pages, S slots of a page; M is the width of a page table.
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import reference
@@ -32,7 +33,7 @@ def paged_attention(
     Raises:
         ValueError: shapes or dtypes do not fit together; the message names the argument.
     """
-    _check(q, k_pages, v_pages, page_table, layer)
+    _check(q, 3, k_pages, v_pages, page_table, lengths, layer)
     if lengths.shape != (q.shape[0],):
         raise ValueError(f"lengths must be [{q.shape[0]}], one per row of q, got {list(lengths.shape)}")
     return reference.paged_attention(q, k_pages, v_pages, page_table, lengths, layer=layer, scale=scale)
@@ -55,13 +56,18 @@ def paged_prefill_attention(
     Raises:
         ValueError: shapes or dtypes do not fit together; the message names the argument.
     """
-    _check(q, k_pages, v_pages, page_table, layer)
+    _check(q, 4, k_pages, v_pages, page_table, positions, layer)
     if positions.shape != q.shape[:2]:
         raise ValueError(f"positions must be {list(q.shape[:2])}, one per query, got {list(positions.shape)}")
     return reference.paged_prefill_attention(q, k_pages, v_pages, page_table, positions, layer=layer, scale=scale)
 
 
-def _check(q: Array, k_pages: Array, v_pages: Array, page_table: Array, layer: int) -> None:
+def _check(q: Array, rank: int, k_pages: Array, v_pages: Array, page_table: Array, visible: Array, layer: int) -> None:
+    if q.ndim != rank:
+        raise ValueError(f"q must have {rank} dimensions, got {list(q.shape)}")
+    for name, ids in (("page_table", page_table), ("lengths or positions", visible)):
+        if not jnp.issubdtype(ids.dtype, jnp.integer):
+            raise ValueError(f"{name} must be integers, got {ids.dtype}")
     if k_pages.ndim != 5 or k_pages.shape != v_pages.shape or k_pages.dtype != v_pages.dtype:
         raise ValueError(
             "k_pages and v_pages must be alike and [L, P, K, S, C], got "

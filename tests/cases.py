@@ -8,7 +8,7 @@ spread over (0, 1), attention matters, and an error in one K or V shows in the t
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -124,15 +124,16 @@ class Case:
     eos_id: int | None = None
 
 
-def typical_confidences(config: ModelConfig, params: dict, measure: str, seed: int = 0) -> dict[int, np.ndarray]:
-    """Confidences of random text at every exit, sorted: where a threshold has to lie for some tokens to leave."""
-    logits = Reference(config, params).full_depth(random_prompt(config, 48, seed + 1000))
-    return {e: np.sort([confidence(measure, row) for row in logits[e]]) for e in config.exits.layers}
+def thresholds_letting(
+    config: ModelConfig, params: dict, measure: str, share: float, texts: Sequence[Sequence[int]] | None = None
+) -> tuple[float, ...]:
+    """One threshold per exit such that about `share` of the tokens that come there would leave.
 
-
-def thresholds_letting(config: ModelConfig, params: dict, measure: str, share: float) -> tuple[float, ...]:
-    """One threshold per exit such that about `share` of the tokens that come there would leave."""
-    found = typical_confidences(config, params, measure)
+    Measured on `texts` at full depth; on one random text when not given.
+    """
+    texts = [random_prompt(config, 48, 1000)] if texts is None else texts
+    logits = [Reference(config, params).full_depth(text) for text in texts]
+    found = {e: [confidence(measure, row) for one in logits for row in one[e]] for e in config.exits.layers}
     return tuple(float(np.quantile(found[e], 1 - share)) for e in config.exits.layers)
 
 

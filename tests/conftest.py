@@ -12,6 +12,10 @@ import tempfile
 import pytest
 from hypothesis import HealthCheck, settings
 
+# The reference multiplies many small matrices, for which threads that wait for one another cost twenty times the work.
+# NumPy reads this when it is first imported; where a plugin of pytest has done so already, it comes too late.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 # Compilation takes seconds at unforeseeable moments, so there is no deadline per example.
 settings.register_profile(
     "ci",
@@ -21,7 +25,7 @@ settings.register_profile(
     max_examples=20,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-settings.register_profile("explore", parent=settings.get_profile("ci"), derandomize=False, max_examples=500)
+settings.register_profile("explore", parent=settings.get_profile("ci"), derandomize=False, max_examples=200)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 _cache_dirs: list[str] = []

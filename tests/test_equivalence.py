@@ -283,7 +283,7 @@ def random_request(shape: str, seed: int) -> tuple[Asked, Case]:
 
 
 @pytest.mark.parametrize("name", MIXED)
-@settings(max_examples=40)
+@settings(max_examples=2 * settings.default.max_examples)
 @given(seeds=st.lists(st.integers(0, 10**6), min_size=3, max_size=8))
 def test_company_changes_nothing(name, seeds):
     """Whoever else is served, whenever they come, go, are preempted or aborted: everybody's answer is their own."""
@@ -392,6 +392,31 @@ def test_budget_anywhere_in_a_chunk(budget):
     mate = draw_case(config, params, early_exit=early_exit, max_tokens=13)
     assert len(case.expected.token_ids) == budget and case.expected.finish_reason == "length"
     assert_answers(serve(shared_engine("gqa"), [asked(case), asked(mate)]), [case, mate])
+
+
+@pytest.mark.parametrize("budget", [1, 2, 6, 7, 8, 13])
+def test_no_step_and_no_block_is_wasted(budget):
+    """Alone, a request takes a step per token behind the first, in full chunks, and only the blocks that those ran."""
+    config, params = random_model("gqa")
+    early_exit = EarlyExitParams(thresholds("gqa", "softmax", 0.5))
+    case = draw_case(config, params, early_exit=early_exit, max_tokens=budget)
+    engine = shared_engine("gqa")
+    before = engine.stats()
+    engine.add_request({"prompt_token_ids": list(case.prompt)}, asked(case).params)
+    outputs = []
+    while engine.has_unfinished:
+        outputs.append(engine.step()[0])
+    assert_answers(outputs[-1:], [case])
+    after = engine.stats()
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [
+        1,
+        *range(7, budget, 6),
+        *([budget] * (budget > 1)),
+    ]
+    assert after.steps - before.steps == budget - 1
+    assert after.blocks_run - before.blocks_run == sum(case.expected.exit_layers[1:])
+    assert after.token_blocks - before.token_blocks == sum(case.expected.exit_layers[1:])
+    assert after.tokens - before.tokens == budget
 
 
 def test_many_stop_tokens():
@@ -524,26 +549,42 @@ def test_drawn_answers_have_the_reference_s_probabilities(name):
 # ------------------------------------------------------------------------------------------------------- the demo model
 
 
+DEMO_TEXTS = (
+    "What is the capital of France?",
+    "Write a short poem about the sea.",
+    "A farmer has 12 sheep and buys 7 more. How many sheep does the farmer have now?",
+    "Explain why leaves turn red in autumn.",
+    "My washing machine makes a loud noise. What can I do?",
+    "List three things to pack for a day in the mountains.",
+)
+
+
 @pytest.mark.skipif(not (DEMO / "config.json").exists(), reason="checkpoints/demo is not there")
 def test_demo_equals_the_reference():
-    """The weights that ship, read by the package, answering as the reference does."""
+    """The weights that ship, loaded and served as a user would, on the first texts that are clear-cut."""
     from eejax import LLM
     from eejax.weights import load_checkpoint
 
-    config, params = load_checkpoint(DEMO, np.float32)
-    llm = LLM(str(DEMO), max_model_len=128, max_num_seqs=4)
+    llm = LLM(DEMO, max_model_len=128, max_num_seqs=2)
+    config, params = load_checkpoint(DEMO)
+    texts = [tuple(llm.tokenizer.encode(text)) for text in DEMO_TEXTS]
+    share = {m: thresholds_letting(config, params, m, 0.5, texts) for m in ("softmax", "margin")}
     cases = []
     for early_exit in (
-        EarlyExitParams(0.5),
-        EarlyExitParams(0.3, "margin"),
-        EarlyExitParams(DecayingThreshold(0.4)),
-        None,
+        EarlyExitParams(share["softmax"]),
+        EarlyExitParams(share["margin"], "margin"),
+        EarlyExitParams(DecayingThreshold(share["softmax"])),
     ):
-        cases.append(draw_case(config, params, early_exit=early_exit, prompt_length=12, max_tokens=24, seeds=range(20)))
+        answered = (
+            Case(text, 24, early_exit, generate(config, params, text, max_tokens=24, early_exit=early_exit))
+            for text in texts
+        )
+        cases += itertools.islice((case for case in answered if case.expected.margins.smallest > CLEAR), 2)
+    assert len(cases) == 6
     outputs = llm.generate(
         [{"prompt_token_ids": list(case.prompt)} for case in cases],
         [replace(asked(case).params, ignore_eos=True) for case in cases],
         use_tqdm=False,
     )
     assert_answers(outputs, cases)
-    assert len(set(itertools.chain(*(case.expected.exit_layers for case in cases)))) > 1
+    assert {layer for case in cases for layer in case.expected.exit_layers[1:]} == set(config.exit_points)

@@ -1,0 +1,318 @@
+"""The compiled programs: what memory they take, when they are compiled, and how much they run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from eejax.config import CacheConfig, EngineConfig, SchedulerConfig
+from eejax.engine import Engine
+from eejax.params import DecayingThreshold, EarlyExitParams, SamplingParams
+from eejax.request import MicroBatch, Request, RequestOutput, Sequence
+from eejax.runner import MAX_DEVICE_STOP_IDS, Runner, _logprobs, bucket_of
+from eejax.sampling import token_logprobs
+from tests.cases import random_model, random_prompt
+
+SHAPE = "mha"  # three blocks, exits after 1 and 2, a shared head
+MODEL, PARAMS = random_model(SHAPE)
+DEPTH, EXITS = MODEL.n_layers, MODEL.exits.layers
+PAGES, PAGE, MAX_LEN, CHUNK = 16, 8, 32, 8
+NEVER = EarlyExitParams(1.0)  # asks every head, and no top probability reaches 1
+
+
+def config(num_pages: int = PAGES) -> EngineConfig:
+    return EngineConfig(
+        model=MODEL,
+        cache=CacheConfig(num_pages, PAGE),
+        scheduler=SchedulerConfig(max_num_seqs=3, max_chunk_steps=CHUNK),
+        max_model_len=MAX_LEN,
+        prefill_chunk=16,
+    )
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    """All tests of this file use its programs; it has compiled every one of them."""
+    engine = Engine(config(), PARAMS)
+    engine.runner.warm_up()
+    return engine
+
+
+@pytest.fixture
+def runner(engine: Engine) -> Runner:
+    return engine.runner
+
+
+def sequence(runner: Runner, place: int = 0, prompt_length: int = 5, max_tokens: int = 20, **params) -> Sequence:
+    """A prefilled sequence with one token, on pages of its own."""
+    given = SamplingParams(**{"temperature": 0.0, "max_tokens": max_tokens} | params)
+    thresholds = given.early_exit.thresholds_for(MODEL) if given.early_exit else (float("inf"),) * len(EXITS)
+    prompt = tuple(random_prompt(MODEL, prompt_length, place))
+    stop_ids = frozenset(given.stop_token_ids)
+    [seq] = Request(f"r{place}", None, prompt, given, max_tokens, thresholds, stop_ids, given.seed or 0).sequences
+    width = runner.config.pages_per_seq
+    seq.pages = list(range(place * width, (place + 1) * width))
+    [row] = runner.run(MicroBatch("prefill", (seq,))).rows
+    assert row.exit_layers == (DEPTH,)
+    seq.append(row.token_ids[0], DEPTH, None)
+    return seq
+
+
+def decode(runner: Runner, *seqs: Sequence, n_steps: int = CHUNK, yield_on_free: bool = False):
+    return runner.run(MicroBatch("decode", seqs, n_steps, yield_on_free))
+
+
+def always(measure: str = "random", **options) -> EarlyExitParams:
+    return EarlyExitParams(0.0, measure, **options)
+
+
+def run_all(engine: Engine, *requests: tuple[list[int], SamplingParams]) -> list[RequestOutput]:
+    ids = [engine.add_request({"prompt_token_ids": prompt}, params) for prompt, params in requests]
+    finished: dict[str, RequestOutput] = {}
+    while engine.has_unfinished:
+        finished |= {output.request_id: output for output in engine.step() if output.finished}
+    return [finished[i] for i in ids]
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+
+@pytest.fixture(scope="module")
+def larger() -> Runner:
+    return Runner(config(256 * PAGES), PARAMS)
+
+
+def cache_bytes(runner: Runner) -> int:
+    return runner.cache.k.nbytes + runner.cache.v.nbytes
+
+
+@pytest.mark.parametrize("kind", ["decode", "prefill"])
+def test_memory_does_not_grow_with_the_cache(runner, larger, kind):
+    small, large = (
+        (r.decode_program(2) if kind == "decode" else r._prefill_program(16)).memory_analysis()
+        for r in (runner, larger)
+    )
+    assert cache_bytes(larger) == 256 * cache_bytes(runner)
+    assert 0 < small.temp_size_in_bytes == large.temp_size_in_bytes < cache_bytes(larger) // 16
+    # What is donated comes back: the cache is neither copied nor allocated anew.
+    assert small.alias_size_in_bytes >= cache_bytes(runner)
+    assert large.alias_size_in_bytes >= cache_bytes(larger)
+    grown = large.output_size_in_bytes - small.output_size_in_bytes
+    assert grown == cache_bytes(larger) - cache_bytes(runner) == large.alias_size_in_bytes - small.alias_size_in_bytes
+
+
+def test_the_donated_cache_is_used_in_place(runner):
+    seq = sequence(runner)
+    before = runner.cache
+    address = before.k.unsafe_buffer_pointer(), before.v.unsafe_buffer_pointer()
+    decode(runner, seq)
+    assert before.k.is_deleted() and before.v.is_deleted()
+    assert (runner.cache.k.unsafe_buffer_pointer(), runner.cache.v.unsafe_buffer_pointer()) == address
+
+
+# -------------------------------------------------------------------------------------------------------- compilation
+
+
+def test_buckets_are_powers_of_two_that_cover_everything(runner):
+    assert [bucket_of(n) for n in (1, 2, 3, 4, 5, 31, 33)] == [1, 2, 4, 4, 8, 32, 64]
+    assert bucket_of(3, 16) == 16
+    assert runner.decode_buckets == [1, 2, 4]  # three sequences at the most: one row of four is padding
+    assert runner.prefill_buckets == [16]
+
+
+def test_nothing_is_compiled_after_warm_up(engine):
+    programs, compilations = dict(engine.runner._compiled.programs), engine.runner.compilations
+    assert set(programs) == {("prefill", 16), ("decode", 1), ("decode", 2), ("decode", 4)}
+    rng = np.random.default_rng(0)
+    exits = (None, NEVER, always(), EarlyExitParams(DecayingThreshold((0.3, 0.4)), "margin", min_layers=2))
+    samplings = (
+        {"temperature": 0.0},
+        {"top_k": 5, "top_p": 0.9, "seed": 3},
+        {"min_p": 0.1, "logprobs": 4, "temperature": 2.0},
+        {"n": 2, "stop_token_ids": list(range(0, 60, 5))},
+    )
+    requests = [
+        (
+            random_prompt(MODEL, int(rng.integers(1, MAX_LEN)), i),
+            SamplingParams(
+                max_tokens=int(rng.integers(1, 20)),
+                early_exit=exits[i // 4],
+                logprobs=options.pop("logprobs", None),
+                **options,
+            ),
+        )
+        for i, options in enumerate(dict(samplings[i % 4]) for i in range(16))
+    ]
+    compiled: list[str] = []  # in the whole process, by whomever, or fetched from the compilation cache
+
+    def listen(event: str, _: float, **__: str | int) -> None:
+        if "backend_compile" in event:
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        jax.jit(lambda x: x + 1).lower(1).compile()
+        assert len(compiled) == 1, "the listener hears nothing"
+        for company in (1, 2, 13):
+            batch, requests = requests[:company], requests[company:]
+            assert all(output.finished for output in run_all(engine, *batch))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert len(compiled) == 1
+    assert engine.runner._compiled.programs == programs
+    assert engine.runner.compilations == engine.stats().compilations == compilations
+
+
+SECOND_START = """
+from eejax import LLM, EarlyExitParams, SamplingParams
+from tests.cases import random_model
+
+llm = LLM.from_params(*random_model("mqa", n_layers=2), max_model_len=16, max_num_seqs=1, page_size=8)
+params = SamplingParams(max_tokens=4, seed=1, early_exit=EarlyExitParams(0.5))
+tokens = llm.generate({"prompt_token_ids": [1, 2, 3]}, params, use_tqdm=False)[0].outputs[0].token_ids
+print(llm.stats().compilations, *tokens)
+"""
+
+
+def test_a_second_process_compiles_nothing(tmp_path):
+    def start(cache: str) -> list[int]:
+        ran = subprocess.run(
+            [sys.executable, "-W", "error", "-c", SECOND_START],
+            env=os.environ | {"EEJAX_CACHE_DIR": cache, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ran.returncode == 0, ran.stderr
+        return [int(number) for number in ran.stdout.split()]
+
+    first, second = start(str(tmp_path / "cache")), start(str(tmp_path / "cache"))
+    assert first[0] == 2  # prefill and decode
+    assert second[0] == 0
+    assert first[1:] == second[1:]
+    assert list((tmp_path / "cache").rglob("*"))
+
+
+# --------------------------------------------------------------------------------------------------- how much is run
+
+
+@pytest.mark.parametrize("n_steps", [1, 3, CHUNK])
+def test_one_row_that_always_leaves_runs_the_first_segment_only(runner, n_steps):
+    result = decode(runner, sequence(runner, early_exit=always()), n_steps=n_steps)
+    assert result.steps == n_steps
+    assert result.blocks_run == n_steps * EXITS[0]
+    assert result.heads_run == n_steps  # the random measure asks no head
+    assert result.rows[0].exit_layers == (EXITS[0],) * n_steps
+
+
+def test_a_head_that_lets_a_row_go_is_not_run_again(runner):
+    result = decode(runner, sequence(runner, early_exit=always("softmax")), n_steps=5)
+    assert (result.steps, result.blocks_run, result.heads_run) == (5, 5 * EXITS[0], 5)
+
+
+def test_heads_that_let_nobody_go_are_run_beside_the_last(runner):
+    result = decode(runner, sequence(runner, early_exit=NEVER), n_steps=5)
+    assert (result.steps, result.blocks_run, result.heads_run) == (5, 5 * DEPTH, 5 * (len(EXITS) + 1))
+    assert set(result.rows[0].exit_layers) == {DEPTH}
+
+
+@pytest.mark.parametrize("early_exit", [None, EarlyExitParams(1.5), EarlyExitParams(1.5, "random")])
+def test_full_depth_runs_every_block_and_one_head(runner, early_exit):
+    result = decode(runner, sequence(runner, early_exit=early_exit), n_steps=5)
+    assert (result.steps, result.blocks_run, result.heads_run) == (5, 5 * DEPTH, 5)
+
+
+def test_exits_that_a_request_does_not_use_are_not_asked(runner):
+    result = decode(runner, sequence(runner, early_exit=replace(NEVER, exit_layers=EXITS[1:])), n_steps=5)
+    assert (result.blocks_run, result.heads_run) == (5 * DEPTH, 5 * 2)
+    result = decode(runner, sequence(runner, early_exit=replace(NEVER, min_layers=EXITS[0] + 1)), n_steps=5)
+    assert (result.blocks_run, result.heads_run) == (5 * DEPTH, 5 * 2)
+
+
+@pytest.mark.parametrize(
+    ("other", "blocks"), [(always(exit_layers=EXITS[1:]), EXITS[1]), (None, DEPTH), (always(), EXITS[0])]
+)
+def test_a_step_runs_as_deep_as_its_deepest_row(runner, other, blocks):
+    seqs = sequence(runner, 0, early_exit=always()), sequence(runner, 1, early_exit=other)
+    result = decode(runner, *seqs, n_steps=4)
+    assert (result.steps, result.blocks_run, result.heads_run) == (4, 4 * blocks, 4)
+    assert [row.exit_layers for row in result.rows] == [(EXITS[0],) * 4, (blocks,) * 4]
+
+
+def test_finished_rows_no_longer_count(runner):
+    """Once the deep row has spent its budget of two, steps are as shallow as the row that is left."""
+    seqs = sequence(runner, 0, early_exit=always()), sequence(runner, 1, max_tokens=3)
+    result = decode(runner, *seqs, n_steps=6)
+    assert [len(row.token_ids) for row in result.rows] == [6, 2]
+    assert (result.steps, result.blocks_run) == (6, 2 * DEPTH + 4 * EXITS[0])
+
+
+# --------------------------------------------------------------------------------------------------- when a chunk ends
+
+
+def test_budgets_end_rows_inside_a_chunk(runner):
+    seqs = sequence(runner, 0, max_tokens=4), sequence(runner, 1, max_tokens=6)
+    alone = [decode(runner, sequence(runner, place, max_tokens=20)).rows[0].token_ids for place in (0, 1)]
+    result = decode(runner, *seqs)
+    assert [row.token_ids for row in result.rows] == [alone[0][:3], alone[1][:5]]
+    assert result.steps == 5  # of 8: nobody is left
+
+
+@pytest.mark.parametrize(("yield_on_free", "steps"), [(True, 3), (False, 5)])
+def test_a_freed_slot_ends_the_chunk_if_somebody_waits(runner, yield_on_free, steps):
+    seqs = sequence(runner, 0, max_tokens=4), sequence(runner, 1, max_tokens=6)
+    result = decode(runner, *seqs, yield_on_free=yield_on_free)
+    assert result.steps == steps
+    assert [len(row.token_ids) for row in result.rows] == [3, steps]
+
+
+def test_a_stop_token_ends_the_chunk_too(runner):
+    plain = decode(runner, sequence(runner)).rows[0].token_ids
+    at = next(i for i in range(1, CHUNK) if plain[i] not in plain[:i])
+    result = decode(runner, sequence(runner, stop_token_ids=[plain[at]]))
+    assert (result.steps, result.rows[0].token_ids) == (at + 1, plain[: at + 1])
+
+
+def test_more_stop_tokens_than_the_device_tests(engine):
+    """The device knows the lowest ids. The host finds the others, and drops what the device went on to write."""
+    prompt = random_prompt(MODEL, 6, 1)
+    greedy = SamplingParams(temperature=0.0, max_tokens=12)
+    [plain] = run_all(engine, (prompt, greedy))
+    tokens, unused = plain.outputs[0].token_ids, sorted(set(range(MODEL.vocab_size)) - set(plain.outputs[0].token_ids))
+    at, stop = next((i, t) for i, t in enumerate(tokens) if i > 1 and t not in tokens[:i] and t > unused[8])
+    ids = [*unused[: MAX_DEVICE_STOP_IDS + 1], stop]
+    assert sorted(ids).index(stop) >= MAX_DEVICE_STOP_IDS
+    before = engine.stats().pages_in_use
+    [found] = run_all(engine, (prompt, replace(greedy, stop_token_ids=ids)))
+    assert found.outputs[0].token_ids == tokens[: at + 1]
+    assert found.outputs[0].finish_reason == "stop"
+    assert len(found.outputs[0].exit_layers) == at + 1
+    assert engine.stats().pages_in_use == before == 0
+
+
+# -------------------------------------------------------------------------------------------------------- what is odd
+
+
+def test_any_top_k_travels_to_the_device(engine):
+    """Above 2**31 it still means all tokens."""
+    prompt = random_prompt(MODEL, 4)
+    plain, huge = (SamplingParams(max_tokens=6, seed=1, top_k=k) for k in (0, 2**40))
+    outputs = run_all(engine, (prompt, plain), (prompt, huge))
+    assert outputs[0].outputs[0].token_ids == outputs[1].outputs[0].token_ids
+
+
+def test_logprobs_of_a_vocabulary_smaller_than_asked_for():
+    logits = np.array([[0.5], [2.0], [1.0]], np.float32)
+    report = token_logprobs(logits, np.array([0], np.int32))
+    found = _logprobs(report, token=0, row=0, count=20)
+    assert {token: one.rank for token, one in found.items()} == {1: 1, 2: 2, 0: 3}
+    total = np.log(np.sum(np.exp(logits)))
+    for token, one in found.items():
+        assert one.logprob == pytest.approx(logits[token, 0] - total, rel=1e-5)
