@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from eejax.errors import (
@@ -14,6 +15,7 @@ from eejax.errors import (
 )
 from eejax.params import DecayingThreshold, EarlyExitParams, SamplingParams
 from eejax.request import CompletionOutput, RequestOutput
+from eejax.xla_flags import set_xla_flags
 
 if TYPE_CHECKING:
     from eejax.llm import LLM, StreamDelta
@@ -33,6 +35,8 @@ __all__ = [
     "StreamDelta",
     "TokenizerError",
 ]
+
+set_xla_flags(os.environ)
 
 
 def __getattr__(name: str) -> object:

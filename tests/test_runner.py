@@ -92,6 +92,11 @@ def cache_bytes(runner: Runner) -> int:
     return runner.cache.k.nbytes + runner.cache.v.nbytes
 
 
+def test_no_loop_was_made_a_single_threaded_kernel(runner):
+    # XLA:CPU marks such loops; the heads and the fill-in must not be among them (eejax/xla_flags.py).
+    assert "xla_cpu_small_call" not in runner.decode_program(2).as_text()
+
+
 @pytest.mark.parametrize("kind", ["decode", "prefill"])
 def test_memory_does_not_grow_with_the_cache(runner, larger, kind):
     small, large = (
