@@ -30,6 +30,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+DEMO_THRESHOLD = "0.5"
+"""A small model is seldom sure: at 0.9 the demo's tokens would hardly ever leave early."""
 EXITS, SAMPLING, ENGINE = "Early exit", "Sampling", "Engine"
 
 CheckpointPath = Annotated[Path, typer.Argument(metavar="PATH", help="Checkpoint folder.", show_default=False)]
@@ -183,7 +185,9 @@ def demo(
         typer.Argument(help="Checkpoint folder; the repository's demo model by default.", show_default=False),
     ] = None,
     file: Annotated[Path | None, typer.Option(help="Other prompts, as for generate.")] = None,
-    threshold: Threshold = None,
+    threshold: Annotated[
+        str, typer.Option(metavar="T[,T]", help="Confidence at which a token leaves.", rich_help_panel=EXITS)
+    ] = DEMO_THRESHOLD,
     measure: Measure = None,
     min_layers: MinLayers = None,
     exit_layers: ExitLayers = None,

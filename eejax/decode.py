@@ -3,7 +3,7 @@
 A step takes every live row one token further. Blocks run segment by segment; after a segment the exit's test is put to
 the rows that are still unresolved, and a row that passes is frozen: its hidden state stays as it is, and what the
 blocks above write for it is their own K and V of that frozen state. Once every row is resolved the remaining segments
-do only that (fill-in). DESIGN section 2 is the specification; every function here is pure.
+do only that (fill-in). `tests/reference.py` says the same without cache or batch. Every function here is pure.
 
 XLA notes. A branch that may not run is a `while` of at most one trip (`run_if`): unlike `lax.cond` it keeps the cache
 it carries in place. Blocks are unrolled, since a loop over stacked weights copies each block's weights.
@@ -11,7 +11,6 @@ it carries in place. Blocks are unrolled, since a loop over stacked weights copi
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import jax
@@ -20,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from eejax import exits, sampling
 from eejax.config import ModelConfig
+from eejax.control_flow import run_if
 from eejax.exits import ExitRows
 from eejax.kv_cache import PagedKVCache, Slots, slots_of, write
 from eejax.model import EarlyExitTransformer, bind
@@ -102,15 +102,6 @@ class Step:
     scored: Bool[Array, " B"]
     blocks: Int[Array, ""]
     heads: Int[Array, ""]
-
-
-def run_if[T](predicate: Array, body: Callable[[T], T], carry: T) -> T:
-    """`body(carry)` if `predicate` else `carry`, as a loop of at most one trip."""
-
-    def once(state: tuple[Array, T]) -> tuple[Array, T]:
-        return jnp.zeros((), bool), body(state[1])
-
-    return jax.lax.while_loop(lambda state: state[0], once, (predicate, carry))[1]
 
 
 def decode_chunk(

@@ -12,7 +12,8 @@ from jaxtyping import Array, Bool, Int
 
 from eejax import sampling
 from eejax.config import ModelConfig
-from eejax.decode import Rows, run_if
+from eejax.control_flow import run_if
+from eejax.decode import Rows
 from eejax.exits import token_keys
 from eejax.kv_cache import PagedKVCache, slots_of, write
 from eejax.model import bind
