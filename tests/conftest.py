@@ -15,6 +15,9 @@ from hypothesis import HealthCheck, settings
 # The reference multiplies many small matrices, for which threads that wait for one another cost twenty times the work.
 # NumPy reads this when it is first imported; where a plugin of pytest has done so already, it comes too late.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# typer colours what it prints, terminal or not, where one of these is set, and tests read what it prints.
+for _name in ("PY_COLORS", "FORCE_COLOR", "GITHUB_ACTIONS"):
+    os.environ.pop(_name, None)
 
 # Compilation takes seconds at unforeseeable moments, so there is no deadline per example.
 settings.register_profile(
