@@ -12,11 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from eejax.config import CacheConfig
-from eejax.errors import CheckpointError, ConfigError, TokenizerError
+from eejax.errors import CheckpointError, TokenizerError
 from eejax.kv_cache import page_bytes
-from eejax.llm import DTYPES
+from eejax.llm import resolve_dtype
 from eejax.model import count_params, param_shapes
-from eejax.runner import default_dtype
 from eejax.tokenizer import load_tokenizer
 from eejax.weights import WEIGHTS_DIR, load_checkpoint, load_config
 
@@ -33,10 +32,8 @@ def describe(path: Path, dtype: str | None, page_size: int) -> dict[str, Any]:
         CheckpointError, TokenizerError: the folder is not a usable checkpoint.
         ConfigError: `dtype` or `page_size` is not allowed.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    served = resolve_dtype(dtype)
     CacheConfig(num_pages=1, page_size=page_size)
-    served = default_dtype() if dtype is None else jnp.dtype(dtype)
     model = load_config(path)
     shapes = param_shapes(model)
     total = count_params(shapes)
@@ -53,7 +50,7 @@ def describe(path: Path, dtype: str | None, page_size: int) -> dict[str, Any]:
             "embedding": shapes["embedding"].size,
             "blocks": count_params(shapes["blocks"]),
             "output": 0 if model.tie_embeddings else shapes["output"].size,
-            "exit heads": count_params(shapes, ["exits"]),
+            "exit heads": count_params(shapes.get("exits", {})),
         },
         "stored_dtype": ", ".join(dtypes),
         "stored_bytes": sum(file.stat().st_size for file in (path / WEIGHTS_DIR).rglob("*") if file.is_file()),

@@ -108,7 +108,7 @@ class LLM:
             exit_layers=exit_layers,
             seed=seed,
         )
-        wanted = _dtype(dtype)
+        wanted = resolve_dtype(dtype)
         _check(options)  # before anything is loaded
         tokenizer = load_tokenizer(Path(path))
         model, params = load_checkpoint(Path(path), dtype=wanted)
@@ -127,7 +127,7 @@ class LLM:
     ) -> Self:
         """The same over parameters at hand (`eejax.model.init_params`), for instance random ones."""
         llm = cls.__new__(cls)
-        wanted = _dtype(dtype)
+        wanted = resolve_dtype(dtype)
         _check(options)
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, wanted), params)
         llm._build(model, params, tokenizer, eos_id, options)
@@ -303,7 +303,8 @@ def _progress(shown: bool) -> Progress:
     )
 
 
-def _dtype(name: str | None) -> jnp.dtype:
+def resolve_dtype(name: str | None) -> jnp.dtype:
+    """The dtype called `name`, the device's default for None. Raises `ConfigError` for one that is not served."""
     if name is None:
         return default_dtype()
     if name not in DTYPES:

@@ -16,7 +16,7 @@ attention along as a function, because only it knows where keys and values live.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -293,7 +293,6 @@ def bind(config: ModelConfig, params: dict) -> EarlyExitTransformer:
     return nnx.merge(graph, state)
 
 
-def count_params(params: dict, paths: Sequence[str] | None = None) -> int:
-    """Number of parameters, of the named top-level entries only where `paths` is given."""
-    chosen = params if paths is None else {name: params[name] for name in paths if name in params}
-    return sum(leaf.size for leaf in jax.tree.leaves(chosen))
+def count_params(params: dict) -> int:
+    """Number of parameters in a nested dict of arrays or of their shapes."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

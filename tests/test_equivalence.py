@@ -559,7 +559,6 @@ DEMO_TEXTS = (
 )
 
 
-@pytest.mark.skipif(not (DEMO / "config.json").exists(), reason="checkpoints/demo is not there")
 def test_demo_equals_the_reference():
     """The weights that ship, loaded and served as a user would, on the first texts that are clear-cut."""
     from eejax import LLM

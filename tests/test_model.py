@@ -244,7 +244,7 @@ def test_init_params_match_shapes_and_are_seeded(shape):
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(again), strict=True))
     assert not np.array_equal(params["embedding"], other["embedding"])
     assert count_params(params) == sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
-    assert count_params(params, ["embedding"]) == config.vocab_size * config.hidden_size
+    assert count_params({"embedding": params["embedding"]}) == config.vocab_size * config.hidden_size
 
 
 def test_optional_parameters_exist_only_where_configured():
