@@ -11,7 +11,7 @@ from typing import Any, Literal, Self, get_args
 
 from eejax.errors import ConfigError
 
-ExitHeadKind = Literal["shared", "norm", "mlp"]
+ExitHeadKind = Literal["shared", "norm", "mlp", "block"]
 
 MIN_PREFILL_BUCKET = 16
 
@@ -92,15 +92,21 @@ class ExitConfig:
 
     Attributes:
         layers: numbers of blocks after which an exit stands, ascending, each in `1..n_layers-1`.
-        head: `shared` reads the final norm and LM head (LayerSkip, arXiv 2404.16710); `norm` has a norm of its own;
-            `mlp` has a norm of its own and an MLP that stands beside the exit block's MLP and is fed the same
-            residual (EE-LLM, arXiv 2312.04916).
-        tie_output: the exits share the LM head's matrix; otherwise each has its own (`norm` and `mlp` only).
+        head: `shared` reads the final norm and LM head (LayerSkip, arXiv 2404.16710). The others are EE-LLM's (arXiv
+            2312.04916): `norm` has a norm of its own; `mlp` also an MLP that stands beside the exit block's MLP and is
+            fed the same residual; `block` also a whole transformer layer behind the exit block, with a KV cache of its
+            own.
+        norm: a norm of the exit's own stands before the output matrix; false is EE-LLM without `--use-exit-norm`, and a
+            `norm` head is then the bare output matrix. Always true for `shared`.
+        tie_output: the exits share the LM head's matrix; otherwise each has its own (not for `shared`).
+        probes: each exit has a linear probe, the `classifier` measure (CALM, arXiv 2207.07061).
     """
 
     layers: tuple[int, ...] = ()
     head: ExitHeadKind = "shared"
+    norm: bool = True
     tie_output: bool = True
+    probes: bool = False
 
     def __post_init__(self) -> None:
         require(
@@ -116,15 +122,33 @@ class ExitConfig:
         )
         kinds = get_args(ExitHeadKind)
         require(self.head in kinds, f"ExitConfig.head must be one of {', '.join(kinds)}, got {self.head!r}")
+        for name in ("norm", "tie_output", "probes"):
+            value = getattr(self, name)
+            require(isinstance(value, bool), f"ExitConfig.{name} must be true or false, got {value!r}")
         require(
             self.tie_output or self.head != "shared",
             "ExitConfig: a shared head has no output matrix of its own, so tie_output must be true",
         )
+        require(
+            self.norm or self.head != "shared", "ExitConfig: a shared head reads the final norm, so norm must be true"
+        )
+
+    @property
+    def has_params(self) -> bool:
+        """Whether the exits own parameters, so that only those that were trained can be used."""
+        return self.head != "shared" or self.probes
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """Shape of a Llama-family decoder with exits. Sizes in elements; weights are stored `[out, in]`."""
+    """Shape of a Llama-family decoder with exits. Sizes in elements; weights are stored `[out, in]`.
+
+    Attributes:
+        attention_bias: W_q, W_k and W_v have biases (Qwen2); W_o never has one.
+        qk_norm: RMS norms over `head_dim` of queries and keys, before the rotary embedding (Qwen3).
+        sliding_window: tokens that attention sees, its own included (Mistral, arXiv 2310.06825); all when None.
+        sliding_from: blocks below this one see everything in spite of `sliding_window` (Qwen's `max_window_layers`).
+    """
 
     vocab_size: int
     hidden_size: int
@@ -140,6 +164,8 @@ class ModelConfig:
     tie_embeddings: bool = False
     attention_bias: bool = False
     qk_norm: bool = False
+    sliding_window: int | None = None
+    sliding_from: int = 0
     exits: ExitConfig = ExitConfig()
 
     def __post_init__(self) -> None:
@@ -167,6 +193,16 @@ class ModelConfig:
             is_number(self.norm_eps) and 0 < self.norm_eps < 1,
             f"ModelConfig.norm_eps must lie in (0, 1), got {self.norm_eps!r}",
         )
+        if self.sliding_window is not None:
+            require_positive_int("ModelConfig", sliding_window=self.sliding_window)
+        require(
+            isinstance(self.sliding_from, int)
+            and not isinstance(self.sliding_from, bool)
+            and 0 <= self.sliding_from < self.n_layers
+            and (self.sliding_from == 0 or self.sliding_window is not None),
+            f"ModelConfig.sliding_from must lie in 0..{self.n_layers - 1}, and be 0 without a sliding_window, "
+            f"got {self.sliding_from!r}",
+        )
         bad = [layer for layer in self.exits.layers if layer >= self.n_layers]
         require(
             not bad,
@@ -187,20 +223,28 @@ class ModelConfig:
 
     @property
     def exit_names(self) -> tuple[str, ...]:
-        """Names of the exits' own parameters, one per exit layer (heads other than `shared`)."""
+        """Names of the exits' own parameters, one per exit layer."""
         return tuple(f"after_{layer}" for layer in self.exits.layers)
 
+    @property
+    def n_cached_blocks(self) -> int:
+        """Blocks that keep K and V: the network's, then those of `block` exits in ascending order."""
+        return self.n_layers + (len(self.exits.layers) if self.exits.head == "block" else 0)
+
+    def window_of(self, block: int) -> int | None:
+        """Tokens that attention of block number `block` (from 0) sees; None for all. Exits' own blocks see all."""
+        return self.sliding_window if self.sliding_from <= block < self.n_layers else None
+
     def with_exit_layers(self, layers: tuple[int, ...] | list[int]) -> Self:
-        """The same model with other exits. Heads other than `shared` are trained, so only a subset can be chosen."""
+        """The same model with other exits. Exits with parameters are trained, so only a subset can be chosen."""
         for layer in layers:
             require_positive_int("ExitConfig", layers=layer)
         layers = tuple(sorted(set(layers)))
-        if self.exits.head != "shared":
+        if self.exits.has_params:
             unknown = [layer for layer in layers if layer not in self.exits.layers]
+            what = f"no {self.exits.head!r} exit head" if self.exits.head != "shared" else "no exit probe"
             require(
-                not unknown,
-                f"this checkpoint has no {self.exits.head!r} exit head after blocks {unknown}; it has them after "
-                f"{self.exits.layers}",
+                not unknown, f"this checkpoint has {what} after blocks {unknown}; it has them after {self.exits.layers}"
             )
         return dataclasses.replace(self, exits=dataclasses.replace(self.exits, layers=layers))
 

@@ -174,14 +174,21 @@ class Block(nnx.Module):
 
 
 class ExitHead(nnx.Module):
-    """Parameters that an exit of kind `norm` or `mlp` owns; a `shared` exit owns none."""
+    """Parameters that an exit owns, as `ExitConfig` describes them; a `shared` exit owns none but its probe."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
-        self.norm = _ones(config.hidden_size)
-        if config.exits.head == "mlp":
+        exits = config.exits
+        if exits.head != "shared" and exits.norm:
+            self.norm = _ones(config.hidden_size)
+        if exits.head == "mlp":
             self.mlp = Mlp(config, rngs)
-        if not config.exits.tie_output:
+        if exits.head == "block":
+            self.block = Block(config, rngs)
+        if not exits.tie_output:
             self.output = _normal(rngs, config.vocab_size, config.hidden_size)
+        if exits.probes:
+            self.probe_weight = nnx.Param(jnp.zeros((config.hidden_size,), jnp.float32))
+            self.probe_bias = nnx.Param(jnp.zeros((1,), jnp.float32))
 
 
 class EarlyExitTransformer(nnx.Module):
@@ -194,7 +201,7 @@ class EarlyExitTransformer(nnx.Module):
         self.norm = _ones(config.hidden_size)
         if not config.tie_embeddings:
             self.output = _normal(rngs, config.vocab_size, config.hidden_size)
-        if config.exits.head != "shared":
+        if config.exits.has_params:
             self.exits = nnx.Dict({name: ExitHead(config, rngs) for name in config.exit_names})
 
     def frequencies(self) -> Float[Array, " C/2"]:
@@ -220,7 +227,17 @@ class EarlyExitTransformer(nnx.Module):
         if self.config.exits.head == "mlp":
             block = self.blocks[layer - 1]
             x = middle + head.mlp(rms_norm(block.mlp_norm[...], middle, eps))
-        return rms_norm(head.norm[...], x, eps)
+        return rms_norm(head.norm[...], x, eps) if self.config.exits.norm else x
+
+    def probe_logit(self, layer: int, features: Float[Array, "D *N"]) -> Float[Array, "*N"]:
+        """Log-odds, by exit `layer`'s linear probe, that its likeliest token is the last block's (CALM, sec. 3.3).
+
+        Args:
+            features: what `features` returned for this exit.
+        """
+        head = self.exits[f"after_{layer}"]
+        weight = head.probe_weight[...].astype(jnp.float32)
+        return jnp.tensordot(weight, features.astype(jnp.float32), 1) + head.probe_bias[...].astype(jnp.float32)[0]
 
     def output_matrix(self, layer: int) -> Float[Array, "V D"]:
         """The matrix that turns features at exit point `layer` into logits."""
