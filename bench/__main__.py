@@ -9,6 +9,7 @@ from eejax.errors import EejaxError
 
 BENCHES = {
     "latency": "one batch: time to first token, time per output token, early exit against full depth",
+    "convert": "a Hugging Face folder to a checkpoint and back: time, peak memory, copying beside it",
     "throughput": "many requests: requests and tokens per second, early exit against full depth",
 }
 

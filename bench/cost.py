@@ -2,9 +2,10 @@
 
 Batch 1 is limited by memory: a token costs the bytes of the blocks it runs, of the heads it asks and of the keys and
 values it reads. In a batch the weights are read once for all rows, and a row's own cost is its arithmetic: 2 operations
-per weight of the blocks it runs and the heads it asks, plus attention over its own context. The ideal speed-up is the
-ratio of these costs, full depth over early exit, of the tokens that were really produced: it knows no fill-in of the
-skipped blocks' keys and values, no exit test beyond its head, no host work, and no row that waits for another.
+per weight of the blocks it runs and the heads it asks, plus attention over its own context, or over the sliding window
+of a block that has one. A block that an exit owns is part of its head. The ideal speed-up is the ratio of these costs,
+full depth over early exit, of the tokens that were really produced: it knows no fill-in of the keys and values of
+blocks that a token did not run, no exit test beyond its head, no host work, and no row that waits for another.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class TokenCost:
 
     Attributes:
         exit_layer: blocks it ran.
-        context: positions that its attention read in each of them.
+        context: positions up to and with its own, which attention reads where no window hides them.
         heads: exit points whose head it asked.
     """
 
@@ -39,10 +40,13 @@ class ModelCost:
     Attributes:
         block_params: parameters of one block.
         fill_params: those of them that KV fill-in reads: the K and V projection.
-        head_params: parameters read when logits are computed at an exit point, by exit point.
+        head_params: parameters read when logits are computed at an exit point, by exit point; a block that the exit
+            owns among them.
         kv_per_token: key and value elements of one token in one block.
         attention_ops: arithmetic operations per query token, block and context position.
         itemsize: bytes of one weight or cache element.
+        sliding_window, sliding_from: as in `ModelConfig`.
+        block_exits: exit layers that own a block.
     """
 
     n_layers: int
@@ -52,6 +56,9 @@ class ModelCost:
     kv_per_token: int
     attention_ops: int
     itemsize: int
+    sliding_window: int | None = None
+    sliding_from: int = 0
+    block_exits: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, config: ModelConfig, itemsize: int) -> ModelCost:
@@ -60,8 +67,10 @@ class ModelCost:
         block = next(iter(shapes["blocks"].values()))
         matrix = shapes["embedding" if config.tie_embeddings else "output"].size
         heads = {config.n_layers: matrix + config.hidden_size}
-        for layer in config.exits.layers:
-            own = 0 if config.exits.head == "shared" else count_params(shapes["exits"][f"after_{layer}"])
+        for layer, name in zip(config.exits.layers, config.exit_names, strict=True):
+            parts = shapes.get("exits", {}).get(name, {})
+            # Logits need no probe.
+            own = sum(count_params(part) for key, part in parts.items() if not key.startswith("probe_"))
             norm = config.hidden_size if config.exits.head == "shared" else 0
             heads[layer] = own + norm + (matrix if config.exits.tie_output else 0)
         return cls(
@@ -72,31 +81,48 @@ class ModelCost:
             kv_per_token=2 * config.n_kv_heads * config.head_dim,
             attention_ops=4 * config.n_heads * config.head_dim,
             itemsize=itemsize,
+            sliding_window=config.sliding_window,
+            sliding_from=config.sliding_from,
+            block_exits=config.exits.layers if config.exits.head == "block" else (),
         )
+
+    def kv_positions(self, token: TokenCost) -> int:
+        """Positions whose keys and values a token reads, added up over the blocks that it runs, exits' own included."""
+        seen = token.context if self.sliding_window is None else min(token.context, self.sliding_window)
+        below = min(token.exit_layer, self.sliding_from)
+        own = sum(e in self.block_exits for e in token.heads)
+        return (below + own) * token.context + (token.exit_layer - below) * seen
 
     def token_bytes(self, token: TokenCost) -> int:
         """Bytes that a token alone in its batch must read."""
-        blocks = token.exit_layer * (self.block_params + token.context * self.kv_per_token)
-        return self.itemsize * (blocks + sum(self.head_params[e] for e in token.heads))
+        weights = token.exit_layer * self.block_params + sum(self.head_params[e] for e in token.heads)
+        return self.itemsize * (weights + self.kv_positions(token) * self.kv_per_token)
 
     def fill_bytes(self, token: TokenCost) -> int:
-        """Bytes of weights that filling in the keys and values of this token's skipped blocks reads."""
-        return self.itemsize * (self.n_layers - token.exit_layer) * self.fill_params
+        """Bytes of weights that filling in the keys and values of the blocks which this token did not run reads."""
+        unasked = sum(e not in token.heads for e in self.block_exits)
+        return self.itemsize * (self.n_layers - token.exit_layer + unasked) * self.fill_params
 
     def token_ops(self, token: TokenCost) -> int:
         """Arithmetic operations (additions and multiplications) that a token needs."""
-        blocks = token.exit_layer * (2 * self.block_params + token.context * self.attention_ops)
-        return blocks + 2 * sum(self.head_params[e] for e in token.heads)
+        weights = token.exit_layer * self.block_params + sum(self.head_params[e] for e in token.heads)
+        return 2 * weights + self.kv_positions(token) * self.attention_ops
 
-    def step_bytes(self, blocks: float, heads: float, kv_positions: float) -> float:
+    def mean_head(self, tokens: Sequence[TokenCost]) -> float:
+        """Parameters of a head, mean over those that the tokens asked; of the last one if they asked none."""
+        asked = [self.head_params[e] for token in tokens for e in token.heads]
+        return sum(asked) / len(asked) if asked else self.head_params[self.n_layers]
+
+    def step_bytes(self, blocks: float, heads: float, kv_positions: float, head: float | None = None) -> float:
         """Bytes that one step of a batch reads: weights of blocks and heads once, keys and values of every row.
 
         Args:
             blocks: blocks the batch runs, mean over steps.
             heads: heads it asks, mean over steps.
-            kv_positions: sum over rows of blocks run times context length, mean over steps.
+            kv_positions: sum over rows of `kv_positions`, mean over steps.
+            head: parameters of one of these heads (`mean_head`); of the last one when not given.
         """
-        head = self.head_params[self.n_layers]
+        head = self.head_params[self.n_layers] if head is None else head
         return self.itemsize * (blocks * self.block_params + heads * head + kv_positions * self.kv_per_token)
 
 
@@ -153,6 +179,7 @@ def ideal_from_operations(cost: ModelCost, tokens: Sequence[TokenCost], extra: i
 
 def prefill_ops(cost: ModelCost, input_len: int) -> int:
     """Arithmetic operations of one prompt's prefill at full depth, logits of its last token only."""
-    attention = cost.attention_ops * input_len * (input_len + 1) // 2
-    blocks = cost.n_layers * (2 * cost.block_params * input_len + attention)
-    return blocks + 2 * cost.head_params[cost.n_layers]
+    last = cost.n_layers
+    weights = last * cost.block_params * input_len + cost.head_params[last]
+    positions = sum(cost.kv_positions(TokenCost(last, context, (last,))) for context in range(1, input_len + 1))
+    return 2 * weights + positions * cost.attention_ops

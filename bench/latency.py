@@ -59,8 +59,8 @@ def summary(
     step_times = [decode / steps for _, decode in windows]
     step = median(step_times)
     blocks, heads = rounds[0].blocks_run / rounds[0].steps, rounds[0].heads_run / rounds[0].steps
-    kv = sum(token.exit_layer * token.context for token in tokens) / steps
-    step_bytes = cost.step_bytes(blocks, heads, kv)
+    kv = sum(map(cost.kv_positions, tokens)) / steps
+    step_bytes = cost.step_bytes(blocks, heads, kv, cost.mean_head(tokens))
     step_ops = sum(cost.token_ops(token) for token in tokens) / steps
     return {
         "latency_ms": percentiles([one.seconds for one in rounds], 1e3),
@@ -115,7 +115,8 @@ def main(arguments: list[str]) -> None:
     params = {mode: request_params(batch, args.output_len, args.seed, exits[mode], ignore_eos=True) for mode in MODES}
     prompts = random_prompts(batch, args.input_len, config.vocab_size, args.seed)
     context = args.input_len + args.output_len // 2
-    step_bytes = cost.step_bytes(cost.n_layers, 1, batch * cost.n_layers * context)
+    typical = TokenCost(cost.n_layers, context, (cost.n_layers,))
+    step_bytes = cost.step_bytes(cost.n_layers, 1, batch * cost.kv_positions(typical))
     before = Ceiling.measure(step_bytes, dtype_of(llm))
     rounds = run_interleaved(llm, prompts, params, args.num_iters_warmup, args.num_iters)
 

@@ -34,6 +34,7 @@ from eejax import LLM
 from eejax.errors import ConfigError
 from eejax.prompts import read_prompts
 from eejax.request import PromptLike
+from eejax.tokenizer import chat_prompt
 
 
 def parser() -> argparse.ArgumentParser:
@@ -61,7 +62,8 @@ def make_prompts(args: argparse.Namespace, llm: LLM) -> list[PromptLike]:
     if llm.tokenizer is None:
         raise ConfigError("--prompts needs a model with a tokenizer, so --model and not --random")
     texts = read_prompts(args.prompts, args.num_prompts)
-    return [llm.tokenizer.apply_chat_template([{"role": "user", "content": text}]) for text in texts]
+    ids = [chat_prompt(llm.tokenizer, [{"role": "user", "content": text}])[1] for text in texts]
+    return [{"prompt_token_ids": one} for one in ids]
 
 
 def summary(rounds: Sequence[Round], tokens: Sequence[TokenCost], cost: ModelCost, ceiling: Ceiling) -> dict[str, Any]:
@@ -71,7 +73,8 @@ def summary(rounds: Sequence[Round], tokens: Sequence[TokenCost], cost: ModelCos
     output_tokens = sum(len(answer.exit_layers) for answer in one.answers)
     total_tokens = output_tokens + sum(answer.input_len for answer in one.answers)
     ops = sum(map(cost.token_ops, tokens)) + sum(prefill_ops(cost, answer.input_len) for answer in one.answers)
-    read = cost.step_bytes(one.blocks_run, one.heads_run, sum(t.exit_layer * t.context for t in tokens))
+    kv = sum(map(cost.kv_positions, tokens))
+    read = cost.step_bytes(one.blocks_run, one.heads_run, kv, cost.mean_head(tokens))
     steps = max(1, one.steps)  # 0 when every answer is one token long
     answers = [answer for one in rounds for answer in one.answers]
     return {

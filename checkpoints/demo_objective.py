@@ -225,7 +225,7 @@ def loss_and_grads(
 ) -> tuple[Float[Array, " E"], dict]:
     """Loss per exit of one batch, and the joint loss's gradient for every parameter, in float32.
 
-    Needs tied embeddings and a `shared` head, so that all exits use one output matrix.
+    Needs tied embeddings and a `shared` head, so that all exits use one output matrix, and knows no sliding window.
     """
     run = lambda p: exit_features(  # noqa: E731
         config, p, batch["tokens"], batch["segments"], numerics.dtype, numerics.serial

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from eejax.errors import ConfigError, TokenizerError
+from eejax.errors import ConfigError
 from eejax.params import DecayingThreshold, EarlyExitParams, SamplingParams
 from eejax.prompts import read_prompts
+from eejax.request import PromptLike
 from eejax.terminal import answer_one_by_one, answer_together, reported_errors
 
 if TYPE_CHECKING:
@@ -78,7 +79,9 @@ def generate(
     file: Annotated[
         Path | None, typer.Option(help='Prompts, one a line; in a .jsonl file, objects with a "prompt".')
     ] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Prompts as they are, without the chat template.")] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Prompts as they are, as for a checkpoint that has no chat template.")
+    ] = False,
     stream: Annotated[bool, typer.Option("--stream", help="Print answers while they are made.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, with exit layers.")] = False,
     threshold: Threshold = None,
@@ -154,7 +157,7 @@ def generate(
         )
         if params.early_exit is not None:
             params.early_exit.thresholds_for(llm.config.model)  # wrong for one prompt, wrong for all
-        prompts = texts if raw else [in_chat_template(llm, text) for text in texts]
+        prompts = [text if raw else in_chat_template(llm, text) for text in texts]
         answer = answer_one_by_one if stream else answer_together
         if not answer(llm, texts, prompts, params, as_json):
             raise typer.Exit(2)
@@ -225,15 +228,20 @@ def load(path: Path, **options: Any) -> LLM:
     console = Console(stderr=True)
     with console.status(f"loading {path}"):
         from eejax.llm import LLM
+        from eejax.tokenizer import require_tokenizer
 
+        if path.is_dir():
+            require_tokenizer(path)  # the API takes token ids instead, the command line only text
         return LLM(path, **options)
 
 
-def in_chat_template(llm: LLM, text: str) -> str:
-    """`text` as the user's message of a conversation, as the checkpoint's template writes it."""
-    if llm.tokenizer is None:
-        raise TokenizerError("this model has no tokenizer")
-    return llm.tokenizer.apply_chat_template([{"role": "user", "content": text}])
+def in_chat_template(llm: LLM, text: str) -> PromptLike:
+    """`text` as the one message of a conversation, as `LLM.chat` sends it; as it is where there is no template."""
+    from eejax.tokenizer import chat_prompt
+
+    if llm.tokenizer is None or not llm.tokenizer.has_chat_template:
+        return text
+    return {"prompt_token_ids": chat_prompt(llm.tokenizer, [{"role": "user", "content": text}])[1]}
 
 
 def prompts_from(given: Sequence[str], file: Path | None) -> list[str]:

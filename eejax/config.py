@@ -96,16 +96,16 @@ class ExitConfig:
             2312.04916): `norm` has a norm of its own; `mlp` also an MLP that stands beside the exit block's MLP and is
             fed the same residual; `block` also a whole transformer layer behind the exit block, with a KV cache of its
             own.
+        tie_output: the exits share the LM head's matrix; otherwise each has its own (not for `shared`).
         norm: a norm of the exit's own stands before the output matrix; false is EE-LLM without `--use-exit-norm`, and a
             `norm` head is then the bare output matrix. Always true for `shared`.
-        tie_output: the exits share the LM head's matrix; otherwise each has its own (not for `shared`).
         probes: each exit has a linear probe, the `classifier` measure (CALM, arXiv 2207.07061).
     """
 
     layers: tuple[int, ...] = ()
     head: ExitHeadKind = "shared"
-    norm: bool = True
     tie_output: bool = True
+    norm: bool = True
     probes: bool = False
 
     def __post_init__(self) -> None:

@@ -18,7 +18,7 @@ from eejax.detokenizer import Detokenizer
 from eejax.errors import CheckpointError
 from eejax.llm import LLM
 from eejax.params import SamplingParams
-from eejax.request import CompletionOutput, RequestOutput
+from eejax.request import CompletionOutput, PromptLike, RequestOutput
 
 DEMO_PROMPTS = Path(__file__).with_name("demo_prompts.jsonl")
 FIRST_SHADE, LAST_SHADE = (90, 200, 120), (250, 224, 140)
@@ -112,7 +112,7 @@ def agreement(full: Sequence[CompletionOutput], early: Sequence[CompletionOutput
     )
 
 
-def tour(llm: LLM, texts: Sequence[str], prompts: Sequence[str], params: SamplingParams, repeats: int) -> None:
+def tour(llm: LLM, texts: Sequence[str], prompts: Sequence[PromptLike], params: SamplingParams, repeats: int) -> None:
     """Stream every prompt's answer, then time early exit and full depth in turn and print them side by side.
 
     Args:
@@ -133,7 +133,7 @@ def tour(llm: LLM, texts: Sequence[str], prompts: Sequence[str], params: Samplin
     _print_table(console, llm.config.model, runs)
 
 
-def stream_shaded(console: Console, llm: LLM, prompt: str, params: SamplingParams) -> list[int]:
+def stream_shaded(console: Console, llm: LLM, prompt: PromptLike, params: SamplingParams) -> list[int]:
     """Stream one answer, each token on the shade of its exit layer. Returns its exit layers.
 
     A chunk brings several tokens at once, so their texts are taken apart again. A character that several tokens make
@@ -170,7 +170,7 @@ def describe_depth(layers: Sequence[int], n_layers: int) -> str:
     return f"  [{len(layers)} tokens, mean exit layer {mean:.1f} of {n_layers}]"
 
 
-def run_once(llm: LLM, prompts: Sequence[str], params: SamplingParams) -> Run:
+def run_once(llm: LLM, prompts: Sequence[PromptLike], params: SamplingParams) -> Run:
     """Answer the prompts one after the other. A prompt that cannot be served raises its error."""
     before = llm.stats()
     outputs = [llm.generate(prompt, params, use_tqdm=False)[0] for prompt in prompts]
@@ -188,7 +188,7 @@ def run_once(llm: LLM, prompts: Sequence[str], params: SamplingParams) -> Run:
     )
 
 
-def _timed(llm: LLM, prompts: Sequence[str], params: SamplingParams, repeats: int) -> dict[str, list[Run]]:
+def _timed(llm: LLM, prompts: Sequence[PromptLike], params: SamplingParams, repeats: int) -> dict[str, list[Run]]:
     modes = {"full depth": replace(params, early_exit=None), "early exit": params}
     runs: dict[str, list[Run]] = {name: [] for name in modes}
     with Progress(console=Console(stderr=True), transient=True) as bar:

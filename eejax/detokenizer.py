@@ -10,12 +10,21 @@ REPLACEMENT = "\ufffd"
 MAX_UNDECIDED = 3
 """Bytes of a UTF-8 character that may have come while the last is still missing: as many replacement characters."""
 
+CLEANING = " 'nvr"
+"""What may still change at the end of a text that is cleaned up: replacements such as that of " n't" begin so."""
+
 WINDOW = 32
 """Tokens decoded again for each new one, at the most as a rule."""
 
 
 class Decoder(Protocol):
-    """The half of a tokenizer that is needed here."""
+    """The half of a tokenizer that is needed here.
+
+    Attributes:
+        cleans_up: `decode` takes out spaces before punctuation (`clean_up_tokenization_spaces` of Hugging Face).
+    """
+
+    cleans_up: bool
 
     def decode(self, ids: list[int], skip_special: bool = True) -> str:
         """Text of these tokens, without the special ones."""
@@ -32,9 +41,11 @@ class Detokenizer:
     How it works. A token's text depends on those before it only in two ways: leading whitespace may be stripped
     while the text is empty, and bytes of one character may be spread over several tokens. So it is enough to decode a
     window of the latest tokens, if the window begins with some text whose beginning does not matter. What is not
-    decided yet shows as up to three replacement characters at its end. (One decoder is no function of this kind: the
-    `ByteFallback` of Hugging Face replaces a whole run of byte tokens when one of them is invalid. After invalid bytes
-    the text keeps what had been shown.)
+    decided yet shows as up to three replacement characters at its end. Where texts are cleaned up, a space may also
+    vanish because of what follows, so letters that can begin such a place are held back as well. (One decoder is no
+    function of this kind: the `ByteFallback` of Hugging Face replaces a whole run of byte tokens when one of them is
+    invalid. After invalid bytes the text keeps what had been shown; so it does where the very first token is a space
+    spelled as a byte.)
 
     Attributes:
         stopped: the stop string that was completed, None while there is none. Tokens after it change nothing.
@@ -43,6 +54,7 @@ class Detokenizer:
     def __init__(self, tokenizer: Decoder, stop: tuple[str, ...] = ()) -> None:
         self.stopped: str | None = None
         self._tokenizer = tokenizer
+        self._cleaning = CLEANING if tokenizer.cleans_up else ""
         self._stop = stop
         self._longest_stop = max(map(len, stop), default=0)
         self._shown: list[str] = []
@@ -78,6 +90,7 @@ class Detokenizer:
             return ""
         self._text = text
         undecided = min(MAX_UNDECIDED, len(text) - len(text.rstrip(REPLACEMENT)))
+        undecided = undecided or len(text) - len(text.rstrip(self._cleaning))
         if not undecided:
             self._settled.append(len(self._window))
         new = ""
@@ -106,7 +119,8 @@ class Detokenizer:
         text = self._tokenizer.decode(self._window[start:])
         taken = len(text) - (len(self._text) - len(self._taken))
         # The text may be wrong where it begins: whitespace stripped, bytes of a half character shown one by one, at
-        # most three. Behind them it is right, whatever follows.
+        # most three. Behind them it is right, whatever follows. (Cleaning up may differ as far as the first letter that
+        # cannot begin a replacement, and what was taken ends with such a one.)
         if taken > MAX_UNDECIDED:
             del self._window[:start]
             self._settled = [length - start for length in self._settled if length > start]

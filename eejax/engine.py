@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Collection
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,6 +20,9 @@ from eejax.scheduler import Scheduler
 
 class TextCodec(Protocol):
     """What the engine needs of a tokenizer."""
+
+    bos_id: int | None
+    cleans_up: bool
 
     def encode(self, text: str, add_bos: bool = True) -> list[int]:
         """Text to token ids."""
@@ -63,15 +67,15 @@ class Engine:
     Args:
         params: the model's parameters (nested dict, `eejax.model.init_params` gives the form).
         tokenizer: needed for text prompts, stop strings and text output.
-        eos_id: token that ends an answer unless the request ignores it.
+        eos_ids: tokens that end an answer unless the request ignores them.
     """
 
     def __init__(
-        self, config: EngineConfig, params: dict, tokenizer: TextCodec | None = None, eos_id: int | None = None
+        self, config: EngineConfig, params: dict, tokenizer: TextCodec | None = None, eos_ids: Collection[int] = ()
     ) -> None:
         self.config = config
         self.tokenizer = tokenizer
-        self.eos_id = eos_id
+        self.eos_ids = frozenset(eos_ids)
         self.allocator = PageAllocator(config.cache.num_pages)
         self.scheduler = Scheduler(config.scheduler, self.allocator, page_size=config.cache.page_size)
         self.runner = Runner(config, params)
@@ -91,19 +95,22 @@ class Engine:
         """Whether this request still waits or runs."""
         return request_id in self._requests
 
-    def add_request(self, prompt: PromptLike, params: SamplingParams, request_id: str | None = None) -> str:
+    def add_request(
+        self, prompt: PromptLike, params: SamplingParams, request_id: str | None = None, *, text: str | None = None
+    ) -> str:
         """Queue a request and return its id.
 
         Args:
-            prompt: text, or `{"prompt_token_ids": [...]}`.
+            prompt: text, or `{"prompt_token_ids": [...]}`. A text that spells BOS itself gets no second one.
             request_id: must not be in use; numbered when not given.
+            text: what token ids were made from, for `RequestOutput.prompt`.
 
         Raises:
             InvalidRequestError: the prompt or its parameters do not fit this model; nothing was queued.
             CapacityError: the request could not run even with the whole cache to itself.
         """
         number = next(self._numbers)
-        request = self._validated(prompt, params, request_id or f"request-{number}", number)
+        request = self._validated(prompt, params, request_id or f"request-{number}", number, text)
         self._requests[request.request_id] = request
         if self.tokenizer is not None:
             for seq in request.sequences:
@@ -165,7 +172,9 @@ class Engine:
             num_pages=self.config.cache.num_pages,
         )
 
-    def _validated(self, prompt: PromptLike, params: SamplingParams, request_id: str, number: int) -> Request:
+    def _validated(
+        self, prompt: PromptLike, params: SamplingParams, request_id: str, number: int, text: str | None
+    ) -> Request:
         model, limit = self.config.model, self.config.max_model_len
         if not isinstance(params, SamplingParams):
             raise InvalidRequestError(f"sampling parameters must be SamplingParams, got {params!r}")
@@ -190,17 +199,15 @@ class Engine:
                 f"{self.config.cache.page_size} tokens; the cache has {self.config.cache.num_pages}"
             )
         thresholds = params.early_exit.thresholds_for(model) if params.early_exit else ()
-        stop_ids = set(params.stop_token_ids)
-        if self.eos_id is not None and not params.ignore_eos:
-            stop_ids.add(self.eos_id)
+        ends = frozenset() if params.ignore_eos else self.eos_ids
         return Request(
             request_id=request_id,
-            prompt=prompt if isinstance(prompt, str) else None,
+            prompt=prompt if isinstance(prompt, str) else text,
             prompt_token_ids=ids,
             params=params,
             max_tokens=max_tokens,
             thresholds=thresholds or (float("inf"),) * len(model.exits.layers),
-            stop_token_ids=frozenset(stop_ids),
+            stop_token_ids=ends.union(params.stop_token_ids),
             seed=(self.config.seed + number) % 2**32 if params.seed is None else params.seed,
         )
 
@@ -211,7 +218,9 @@ class Engine:
             if not prompt:
                 raise InvalidRequestError("the prompt is empty")
             try:
-                ids: Seq[int] = self.tokenizer.encode(prompt)
+                ids: Seq[int] = self.tokenizer.encode(prompt, add_bos=False)
+                if list(ids[:1]) != [self.tokenizer.bos_id]:
+                    ids = self.tokenizer.encode(prompt)
             except TokenizerError as error:
                 raise InvalidRequestError(f"the prompt cannot be tokenised: {error}") from error
         elif isinstance(prompt, dict) and set(prompt) == {"prompt_token_ids"}:

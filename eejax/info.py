@@ -6,18 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import orbax.checkpoint as ocp
 from rich.console import Console
 from rich.table import Table
 
 from eejax.config import CacheConfig
-from eejax.errors import CheckpointError, TokenizerError
 from eejax.kv_cache import page_bytes
 from eejax.llm import resolve_dtype
 from eejax.model import count_params, param_shapes
-from eejax.tokenizer import load_tokenizer
-from eejax.weights import WEIGHTS_DIR, load_checkpoint, load_config
+from eejax.tokenizer import load_end_tokens, load_tokenizer
+from eejax.weights import load_lazily
 
 
 def describe(path: Path, dtype: str | None, page_size: int) -> dict[str, Any]:
@@ -34,13 +31,10 @@ def describe(path: Path, dtype: str | None, page_size: int) -> dict[str, Any]:
     """
     served = resolve_dtype(dtype)
     CacheConfig(num_pages=1, page_size=page_size)
-    model = load_config(path)
+    model, stored = load_lazily(path)
+    stored_leaves = jax.tree.leaves(stored)
     shapes = param_shapes(model)
     total = count_params(shapes)
-    dtypes = _stored_dtypes(path / WEIGHTS_DIR, total)
-    if dtypes is None:
-        load_checkpoint(path)  # names the leaves that are missing, extra or misshaped
-        raise CheckpointError(f"the weights in {path / WEIGHTS_DIR} do not match {path / 'config.json'}")
     tokenizer = load_tokenizer(path)
     return {
         "path": str(path),
@@ -52,8 +46,8 @@ def describe(path: Path, dtype: str | None, page_size: int) -> dict[str, Any]:
             "output": 0 if model.tie_embeddings else shapes["output"].size,
             "exit heads": count_params(shapes.get("exits", {})),
         },
-        "stored_dtype": ", ".join(dtypes),
-        "stored_bytes": sum(file.stat().st_size for file in (path / WEIGHTS_DIR).rglob("*") if file.is_file()),
+        "stored_dtype": ", ".join(sorted({leaf.dtype.name for leaf in stored_leaves})),
+        "stored_bytes": sum(leaf.nbytes for leaf in stored_leaves),
         "served_dtype": served.name,
         "served_bytes": total * served.itemsize,
         "exit_layers": list(model.exits.layers),
@@ -63,7 +57,8 @@ def describe(path: Path, dtype: str | None, page_size: int) -> dict[str, Any]:
             "vocab_size": tokenizer.vocab_size,
             "bos_id": tokenizer.bos_id,
             "eos_id": tokenizer.eos_id,
-            "chat_template": _has_template(tokenizer),
+            "end_ids": sorted(load_end_tokens(path, tokenizer)),
+            "chat_template": tokenizer.has_chat_template,
         },
         "kv_page": {
             "page_size": page_size,
@@ -73,25 +68,6 @@ def describe(path: Path, dtype: str | None, page_size: int) -> dict[str, Any]:
             * page_bytes(model, page_size, served.itemsize),
         },
     }
-
-
-def _stored_dtypes(folder: Path, parameters: int) -> list[str] | None:
-    """Element types of the stored leaves; None where they are unreadable or do not add up to `parameters`."""
-    try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True)) as checkpointer:
-            leaves = jax.tree.leaves(checkpointer.metadata(folder.absolute()).item_metadata.tree)
-        sizes = [int(jnp.prod(jnp.asarray(leaf.shape))) if leaf.shape else 1 for leaf in leaves]
-        return sorted({str(leaf.dtype) for leaf in leaves}) if sum(sizes) == parameters else None
-    except Exception:  # Orbax raises whatever its storage layers raise; the caller finds out what is wrong
-        return None
-
-
-def _has_template(tokenizer: Any) -> bool:
-    try:
-        tokenizer.apply_chat_template([{"role": "user", "content": "x"}])
-    except TokenizerError:
-        return False
-    return True
 
 
 def size(count: float) -> str:
@@ -110,6 +86,7 @@ def print_description(found: dict[str, Any]) -> None:
     tied = "tied" if model["tie_embeddings"] else "untied"
     exits = ", ".join(map(str, found["exit_layers"])) or "none"
     head = f", {found['exit_head']} heads" if found["exit_layers"] else ""
+    ends = ", ".join(map(str, tokenizer["end_ids"])) or "none"
     rows = {
         "blocks": f"{model['n_layers']}",
         "exits after blocks": exits + head,
@@ -121,7 +98,7 @@ def print_description(found: dict[str, Any]) -> None:
         "stored": f"{found['stored_dtype']}, {size(found['stored_bytes'])}",
         "served": f"{found['served_dtype']}, {size(found['served_bytes'])}",
         "tokenizer": f"{tokenizer['kind']}, {tokenizer['vocab_size']} ids, BOS {tokenizer['bos_id']}, "
-        f"EOS {tokenizer['eos_id']}, {'a' if tokenizer['chat_template'] else 'no'} chat template",
+        f"end {ends}, {'a' if tokenizer['chat_template'] else 'no'} chat template",
         "KV page": f"{page['page_size']} tokens, {size(page['bytes'])}; {size(page['bytes_per_token'])} a token, "
         f"{size(page['bytes_longest_sequence'])} for the longest sequence",
     }

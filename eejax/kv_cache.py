@@ -17,7 +17,10 @@ from eejax.config import CacheConfig, ModelConfig
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
 class PagedKVCache:
-    """Keys and values of all blocks, in pages. Donate it to the function that returns its successor."""
+    """Keys and values of all blocks that keep them (L of them, `ModelConfig.n_cached_blocks`), in pages.
+
+    Donate it to the function that returns its successor.
+    """
 
     k: Float[Array, "L P K S C"]
     v: Float[Array, "L P K S C"]
@@ -34,13 +37,13 @@ class Slots:
 
 def init_cache(model: ModelConfig, cache: CacheConfig, dtype: jnp.dtype) -> PagedKVCache:
     """An empty cache (zeros)."""
-    shape = (model.n_layers, cache.num_pages, model.n_kv_heads, cache.page_size, model.head_dim)
+    shape = (model.n_cached_blocks, cache.num_pages, model.n_kv_heads, cache.page_size, model.head_dim)
     return PagedKVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
 def page_bytes(model: ModelConfig, page_size: int, itemsize: int) -> int:
     """Bytes that one page takes over all blocks, K and V together."""
-    return 2 * model.n_layers * model.n_kv_heads * page_size * model.head_dim * itemsize
+    return 2 * model.n_cached_blocks * model.n_kv_heads * page_size * model.head_dim * itemsize
 
 
 def slots_of(cache: PagedKVCache, page_table: Int[Array, "N M"], positions: Int[Array, " N"], valid: Array) -> Slots:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ from eejax.kv_cache import page_bytes
 from eejax.params import SamplingParams
 from eejax.request import FinishReason, PromptLike, RequestOutput
 from eejax.runner import default_dtype
-from eejax.tokenizer import Tokenizer, load_tokenizer
+from eejax.tokenizer import Message, Tokenizer, chat_prompt, has_tokenizer, load_end_tokens, load_tokenizer
 from eejax.weights import load_checkpoint
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,8 @@ class LLM:
     """A model ready to answer.
 
     Args:
-        path: an eejax checkpoint folder.
+        path: an eejax checkpoint folder, or a Hugging Face folder, which is converted while it is read. Without a
+            tokenizer in it, prompts must be token ids.
         dtype: `float32`, `bfloat16` or `float16`; by default float32 on CPU and bfloat16 elsewhere.
         max_model_len: tokens of prompt and answer together; the model's own limit by default.
         max_num_seqs: sequences decoded together at the most.
@@ -110,9 +111,10 @@ class LLM:
         )
         wanted = resolve_dtype(dtype)
         _check(options)  # before anything is loaded
-        tokenizer = load_tokenizer(Path(path))
-        model, params = load_checkpoint(Path(path), dtype=wanted)
-        self._build(model, params, tokenizer, tokenizer.eos_id, options)
+        folder = Path(path)
+        tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None
+        model, params = load_checkpoint(folder, dtype=wanted)
+        self._build(model, params, tokenizer, load_end_tokens(folder, tokenizer), options)
 
     @classmethod
     def from_params(
@@ -121,20 +123,30 @@ class LLM:
         params: dict,
         *,
         tokenizer: Tokenizer | None = None,
-        eos_id: int | None = None,
+        eos_id: int | Collection[int] | None = None,
         dtype: str | None = None,
         **options: Unpack[Options],
     ) -> Self:
-        """The same over parameters at hand (`eejax.model.init_params`), for instance random ones."""
+        """The same over parameters at hand (`eejax.model.init_params`), for instance random ones.
+
+        Args:
+            eos_id: the token that ends an answer, or several such tokens.
+        """
         llm = cls.__new__(cls)
         wanted = resolve_dtype(dtype)
         _check(options)
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, wanted), params)
-        llm._build(model, params, tokenizer, eos_id, options)
+        eos_ids = () if eos_id is None else (eos_id,) if isinstance(eos_id, int) else eos_id
+        llm._build(model, params, tokenizer, eos_ids, options)
         return llm
 
     def _build(
-        self, model: ModelConfig, params: dict, tokenizer: Tokenizer | None, eos_id: int | None, options: Options
+        self,
+        model: ModelConfig,
+        params: dict,
+        tokenizer: Tokenizer | None,
+        eos_ids: Collection[int],
+        options: Options,
     ) -> None:
         exit_layers = options.get("exit_layers")
         if exit_layers is not None:
@@ -156,7 +168,7 @@ class LLM:
             seed=options.get("seed", 0),
         )
         self.tokenizer = tokenizer
-        self.engine = Engine(self.config, params, tokenizer, eos_id)
+        self.engine = Engine(self.config, params, tokenizer, eos_ids)
         self._news: dict[str, RequestOutput | None] = {}  # of open streams: the latest output that was not passed on
 
     def generate(
@@ -185,19 +197,77 @@ class LLM:
         if not isinstance(prompts, str | dict | Iterable):
             raise InvalidRequestError(f"prompts must be text, {{'prompt_token_ids': [...]}} or a list, got {prompts!r}")
         items: list[PromptLike] = [prompts] if single else list(prompts)  # pyright: ignore[reportAssignmentType]
+        texts = [prompt if isinstance(prompt, str) else None for prompt in items]
+        return self._answer(items, texts, sampling_params, single, use_tqdm)
+
+    def chat(
+        self,
+        messages: Seq[Message] | Seq[Seq[Message]],
+        sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        add_generation_prompt: bool = True,
+        chat_template_kwargs: Mapping[str, object] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer conversations, written as prompts by the model's own chat template.
+
+        The template spells BOS where the model wants it; none is added.
+
+        Args:
+            messages: one conversation, `[{"role": "user", "content": ...}, ...]`, or a list of conversations.
+            sampling_params: one for all, or one per conversation; `SamplingParams()` when not given.
+            use_tqdm: show a progress bar on stderr.
+            add_generation_prompt: end the prompt with the words that open an answer.
+            chat_template_kwargs: more for the template, `tools` and `documents` for instance.
+
+        Returns:
+            One `RequestOutput` per conversation; its `prompt` is what the template wrote. In a list, a conversation
+            that the template refuses, or that cannot be served, has its `error` set, and the others are answered.
+
+        Raises:
+            TokenizerError: the model has no tokenizer or no chat template.
+            InvalidRequestError: a single conversation (not a list) cannot be served, or the numbers of conversations
+                and parameters differ.
+        """
+        if not isinstance(messages, list | tuple):
+            raise InvalidRequestError(f"messages must be a conversation or a list of them, got {messages!r:.200}")
+        single = bool(messages) and isinstance(messages[0], Mapping)
+        prompts: list[PromptLike | InvalidRequestError] = []
+        texts: list[str | None] = []
+        talks: Seq[Seq[Message]] = [messages] if single else messages  # pyright: ignore[reportAssignmentType]
+        for talk in talks:
+            text = None
+            try:
+                text, ids = chat_prompt(self.tokenizer, talk, add_generation_prompt, chat_template_kwargs or {})
+                prompts.append({"prompt_token_ids": ids})
+            except InvalidRequestError as error:
+                prompts.append(error)
+            texts.append(text)
+        return self._answer(prompts, texts, sampling_params, single, use_tqdm)
+
+    def _answer(
+        self,
+        items: Seq[PromptLike | InvalidRequestError],
+        texts: Seq[str | None],
+        sampling_params: SamplingParams | Seq[SamplingParams] | None,
+        single: bool,
+        use_tqdm: bool,
+    ) -> list[RequestOutput]:
+        """Answer prompts, some of which may have been refused already; `texts` is what they say, where it is known."""
         params = self._params_per_prompt(sampling_params, len(items))
         outputs: dict[str, RequestOutput] = {}
         ids: list[str] = []
         try:
-            for number, (prompt, one) in enumerate(zip(items, params, strict=True)):
+            for number, (prompt, text, one) in enumerate(zip(items, texts, params, strict=True)):
                 try:
-                    ids.append(self.engine.add_request(prompt, one))
+                    if isinstance(prompt, InvalidRequestError):
+                        raise prompt
+                    ids.append(self.engine.add_request(prompt, one, text=text))
                 except InvalidRequestError as error:
                     if single:
                         raise
                     log.warning("prompt %d is not served: %s", number, error)
                     ids.append(f"invalid-{number}")
-                    text = prompt if isinstance(prompt, str) else None
                     outputs[ids[-1]] = RequestOutput(ids[-1], text, (), (), True, None, error)
             with _progress(use_tqdm) as bar:
                 task = bar.add_task("answering", total=len(items), completed=len(outputs))

@@ -16,6 +16,7 @@ attention along as a function, because only it knows where keys and values live.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -212,13 +213,40 @@ class EarlyExitTransformer(nnx.Module):
         """Hidden states that enter block 0."""
         return jnp.moveaxis(self.embedding[...][tokens], -1, 0)
 
-    def features(self, layer: int, x: Float[Array, "D *N"], middle: Float[Array, "D *N"]) -> Float[Array, "D *N"]:
+    @property
+    def cached_blocks(self) -> tuple[Block, ...]:
+        """Blocks that keep K and V, in the order of the cache: the network's, then those that `block` exits own."""
+        owners = self.config.exit_names if self.config.exits.head == "block" else ()
+        return (*self.blocks, *(self.exits[name].block for name in owners))
+
+    def exit_blocks(self, layer: int) -> tuple[int, ...]:
+        """Numbers among `cached_blocks` of those that exit point `layer` owns: one at a `block` exit, none elsewhere.
+
+        It keeps K and V of every token, asked or not: of the state after block `layer`, or of the frozen state of a
+        token that had left by then.
+        """
+        config = self.config
+        if config.exits.head != "block" or layer not in config.exits.layers:
+            return ()
+        return (config.n_layers + config.exits.layers.index(layer),)
+
+    def features(
+        self,
+        layer: int,
+        x: Float[Array, "D *N"],
+        middle: Float[Array, "D *N"],
+        run_block: Callable[[Block, Array], Array] | None = None,
+    ) -> Float[Array, "D *N"]:
         """What the output matrix at exit point `layer` multiplies.
 
         Args:
             layer: an exit point: an exit layer or `n_layers`.
             x: hidden state after block `layer`.
             middle: that block's residual between attention and MLP.
+            run_block: what a block makes of `x`; the caller knows its attention. Only `block` exits need it.
+
+        Raises:
+            ValueError: a `block` exit without `run_block`.
         """
         eps = self.config.norm_eps
         if layer == self.config.n_layers or self.config.exits.head == "shared":
@@ -227,6 +255,10 @@ class EarlyExitTransformer(nnx.Module):
         if self.config.exits.head == "mlp":
             block = self.blocks[layer - 1]
             x = middle + head.mlp(rms_norm(block.mlp_norm[...], middle, eps))
+        if self.config.exits.head == "block":
+            if run_block is None:
+                raise ValueError(f"features of the block exit after block {layer} need run_block")
+            x = run_block(head.block, x)
         return rms_norm(head.norm[...], x, eps) if self.config.exits.norm else x
 
     def probe_logit(self, layer: int, features: Float[Array, "D *N"]) -> Float[Array, "*N"]:
@@ -268,25 +300,28 @@ class EarlyExitTransformer(nnx.Module):
         freq = self.frequencies()
         found: dict[int, Array] = {}
 
-        def run(block: Block, x: Array) -> tuple[Array, Array]:
-            out, middle, _ = block(x, positions, freq, _attend_causal, None)
+        def run(block: Block, x: Array, window: int | None) -> tuple[Array, Array]:
+            attend = functools.partial(_attend_causal, window=window)
+            out, middle, _ = block(x, positions, freq, attend, None)
             return out, middle
 
-        step = nnx.remat(run) if remat else run
+        step = nnx.remat(run, static_argnums=2) if remat else run
         for number, block in enumerate(self.blocks, start=1):
-            x, middle = step(block, x)
+            x, middle = step(block, x, self.config.window_of(number - 1))
             if number in self.config.exit_points:
-                found[number] = self.features(number, x, middle)
+                found[number] = self.features(number, x, middle, lambda block, x: step(block, x, None)[0])
         return found
 
 
-def _attend_causal(q: Array, k: Array, v: Array, cache: None) -> tuple[Array, None]:
-    """Plain causal attention within each row: `q [H, C, B, T]`, `k, v [K, C, B, T]`; softmax in float32."""
+def _attend_causal(q: Array, k: Array, v: Array, cache: None, *, window: int | None) -> tuple[Array, None]:
+    """Causal attention within each row and window: `q [H, C, B, T]`, `k, v [K, C, B, T]`; softmax in float32."""
     heads, dim, rows, length = q.shape
     q = q.reshape(k.shape[0], heads // k.shape[0], dim, rows, length)
     scores = jnp.einsum("kgcbt,kcbs->bkgts", q, k, preferred_element_type=jnp.float32) * dim**-0.5
-    causal = jnp.tril(jnp.ones((length, length), bool))
-    weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1).astype(v.dtype)
+    seen = jnp.tril(jnp.ones((length, length), bool))
+    if window is not None:
+        seen = jnp.triu(seen, 1 - window)
+    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1).astype(v.dtype)
     o = jnp.einsum("bkgts,kcbs->kgcbt", weights, v, preferred_element_type=jnp.float32)
     return o.reshape(heads, dim, rows, length).astype(q.dtype), cache
 

@@ -1,7 +1,8 @@
 """Prompt tokens into the cache, many at a time, and the first answer token out.
 
 The same function restores a preempted sequence: its answer tokens went only so deep, so each token brings the number
-of blocks it ran, and is frozen above, exactly as decoding had done. Prompt tokens run at full depth.
+of blocks it ran, and is frozen above, exactly as decoding had done. Prompt tokens run at full depth. No exit is asked
+here, so blocks that exits own only get their K and V.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from jaxtyping import Array, Bool, Int
 from eejax import sampling
 from eejax.config import ModelConfig
 from eejax.control_flow import run_if
-from eejax.decode import Rows
 from eejax.exits import token_keys
 from eejax.kv_cache import PagedKVCache, slots_of, write
 from eejax.model import bind
 from eejax.sampling import TokenLogprobs
+from eejax.step import Rows, fill
 from pallas_kernels import paged_prefill_attention
 
 
@@ -58,12 +59,15 @@ def prefill(
 
         def attend(q: Array, k: Array, v: Array, cache: PagedKVCache, layer: int = layer) -> tuple[Array, PagedKVCache]:
             cache = write(cache, layer, slots, k, v)
-            q = jnp.moveaxis(q, -1, 0)[None]
-            o = paged_prefill_attention(q, cache.k, cache.v, rows.page_table, seen[None], layer=layer)
+            q, window = jnp.moveaxis(q, -1, 0)[None], config.window_of(layer)
+            o = paged_prefill_attention(
+                q, cache.k, cache.v, rows.page_table, seen[None], layer=layer, sliding_window=window
+            )
             return jnp.moveaxis(o[0], 0, -1), cache
 
         out, middle, cache = block(x, positions, freq, attend, cache)
         x = jnp.where(depths > layer, out, x)
+        cache = fill(model, model.exit_blocks(layer + 1), x, positions, cache, slots)
 
     last = length - 1
     x, middle = (jax.lax.dynamic_slice_in_dim(a, last, 1, axis=1) for a in (x, middle))

@@ -20,13 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from eejax.config import MIN_PREFILL_BUCKET, EngineConfig
-from eejax.decode import DecodeState, Rows, decode_chunk
+from eejax.decode import decode_chunk
 from eejax.exits import MEASURES, ExitRows
 from eejax.kv_cache import init_cache
 from eejax.params import DecayingThreshold
 from eejax.prefill import prefill
 from eejax.request import Logprob, MicroBatch, RowResult, Sequence, StepResult
 from eejax.sampling import SamplingRows, TokenLogprobs
+from eejax.step import DecodeState, Rows
 
 MAX_DEVICE_STOP_IDS = 8
 """Stop ids tested on the device. The host tests all of them, so more cost a few wasted steps, not correctness."""

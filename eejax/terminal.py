@@ -15,7 +15,7 @@ from rich.console import Console
 
 from eejax.errors import EejaxError, InvalidRequestError
 from eejax.params import SamplingParams
-from eejax.request import CompletionOutput, RequestOutput
+from eejax.request import CompletionOutput, PromptLike, RequestOutput
 
 if TYPE_CHECKING:
     from eejax.llm import LLM
@@ -40,7 +40,9 @@ def print_error(error: EejaxError, where: str = "") -> None:
     Console(stderr=True, highlight=False).print(f"error: {text}", style="bold red", markup=False, soft_wrap=True)
 
 
-def answer_together(llm: LLM, texts: list[str], prompts: list[str], params: SamplingParams, as_json: bool) -> bool:
+def answer_together(
+    llm: LLM, texts: list[str], prompts: list[PromptLike], params: SamplingParams, as_json: bool
+) -> bool:
     """Answer all prompts together and print them in order. Returns whether all could be served."""
     start = time.perf_counter()
     outputs = llm.generate(prompts, params, use_tqdm=len(prompts) > 1 and sys.stderr.isatty())
@@ -61,7 +63,9 @@ def answer_together(llm: LLM, texts: list[str], prompts: list[str], params: Samp
     return all(output.error is None for output in outputs)
 
 
-def answer_one_by_one(llm: LLM, texts: list[str], prompts: list[str], params: SamplingParams, as_json: bool) -> bool:
+def answer_one_by_one(
+    llm: LLM, texts: list[str], prompts: list[PromptLike], params: SamplingParams, as_json: bool
+) -> bool:
     """Answer one prompt after the other, printing what is new. Returns whether all could be served."""
     start = time.perf_counter()
     layers: list[int] = []

@@ -1,4 +1,4 @@
-"""Checkpoint folders: `config.json` beside an Orbax tree in `weights/`.
+"""Checkpoint folders: `config.json` beside an Orbax tree in `weights/`, or a Hugging Face folder.
 
 Loading refuses a checkpoint whose leaves differ from what its configuration needs, and names them: a weight that is
 silently missing, or silently ignored, is a model that is silently wrong.
@@ -9,24 +9,38 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint.future import Future
 
+from eejax import huggingface
 from eejax.config import ModelConfig
 from eejax.errors import CheckpointError, ConfigError
 from eejax.model import param_shapes
+from eejax.param_tree import LazyArray, compare, leaves, rebuild, shapes
 
 CONFIG_FILE = "config.json"
 WEIGHTS_DIR = "weights"
 DATA_FILE_BYTES = 8 * 2**20
 """Orbax starts another data file about here, so that no file of a small checkpoint is too large for git hosts."""
-MAX_NAMED = 8
+BATCH_BYTES = 64 * 2**20
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+"""What may lie beside the weights: all that `eejax.tokenizer` reads."""
 
 
 @contextmanager
@@ -47,10 +61,58 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+class _LeafWriter(ocp.type_handlers.NumpyHandler):
+    """Has Orbax write a few leaves at a time, read just before: memory for two batches, however large the tree."""
+
+    def __init__(self) -> None:
+        super().__init__(deepcopy_host_arrays=False)
+
+    async def serialize(
+        self, values: Sequence[Any], infos: Sequence[Any], args: Sequence[Any] | None = None
+    ) -> Sequence[Future]:
+        options: Sequence[Any] = args or [ocp.SaveArgs()] * len(values)
+        pending: Sequence[Future] = ()
+        for batch in _batches(values):
+            arrays = [value.read() for value in values[batch]]  # while the batch before is being written
+            for one in pending:
+                one.result()
+            pending = await super().serialize(arrays, infos[batch], options[batch])
+        return pending
+
+
+def _batches(values: Sequence[LazyArray]) -> Iterator[slice]:
+    """Neighbours of `BATCH_BYTES` together, or one that has more."""
+    start, size = 0, 0
+    for number, value in enumerate(values):
+        if number > start and size + value.nbytes > BATCH_BYTES:
+            yield slice(start, number)
+            start, size = number, 0
+        size += value.nbytes
+    yield slice(start, len(values))
+
+
+def _handler() -> ocp.PyTreeCheckpointHandler:
+    kinds = (LazyArray, _LeafWriter()), (jax.Array, ocp.type_handlers.ArrayHandler())
+    registry = ocp.type_handlers.create_type_handler_registry(*kinds)
+    return ocp.PyTreeCheckpointHandler(use_ocdbt=True, type_handler_registry=registry)
+
+
+def copy_companions(source: Path, target: Path) -> list[str]:
+    """Copy the tokenizer's files from one checkpoint folder to another; returns the names of those there are."""
+    names = [name for name in COMPANIONS if (source / name).is_file()]
+    for name in names:
+        shutil.copyfile(source / name, target / name)
+    return names
+
+
 def save_tree(path: str | Path, tree: dict) -> None:
-    """Write a nested dict of arrays with Orbax to the new folder `path`."""
-    args = ocp.args.PyTreeSave(_string_keys(tree), ocdbt_target_data_file_size=DATA_FILE_BYTES)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True)) as checkpointer:
+    """Write a nested dict of arrays, lazy ones among them, with Orbax to the new folder `path`."""
+
+    def lazy(leaf: Any) -> LazyArray:
+        return leaf if isinstance(leaf, LazyArray) else LazyArray(leaf.shape, leaf.dtype, lambda: np.asarray(leaf))
+
+    args = ocp.args.PyTreeSave(jax.tree.map(lazy, _string_keys(tree)), ocdbt_target_data_file_size=DATA_FILE_BYTES)
+    with ocp.Checkpointer(_handler()) as checkpointer:
         checkpointer.save(Path(path).absolute(), args=args)
 
 
@@ -66,26 +128,56 @@ def load_tree(path: str | Path, like: dict, dtype: Any = None) -> dict:
         CheckpointError: a leaf is missing, extra or misshaped, or a file is missing or corrupt.
     """
     path = Path(path).absolute()
-    wanted = dict(_leaves(like))
+    _stored(path, like)
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def restore(leaf: Any) -> ocp.ArrayRestoreArgs:
+        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+        return ocp.ArrayRestoreArgs(sharding=sharding, dtype=dtype if dtype and floating else leaf.dtype)
+
+    args = ocp.args.PyTreeRestore(restore_args=jax.tree.map(restore, _string_keys(like)))
+    return rebuild(like, dict(leaves(_restore(path, args))))
+
+
+def lazy_tree(path: str | Path, like: dict) -> dict:
+    """What `save_tree` wrote as a tree of `LazyArray` in the dtypes stored, each read when it is asked for.
+
+    Raises:
+        CheckpointError: as `load_tree`; for a corrupt file when the leaf is read.
+    """
+    path = Path(path).absolute()
+
+    def lazy(name: str, stored: Any) -> LazyArray:
+        def read() -> np.ndarray:
+            item: Any = jax.ShapeDtypeStruct(stored.shape, stored.dtype)
+            wish: Any = ocp.RestoreArgs(restore_type=np.ndarray)
+            for key in reversed(name.split(".")):
+                item, wish = {key: item}, {key: wish}
+            args = ocp.args.PyTreeRestore(item=item, restore_args=wish, partial_restore=True)
+            return dict(leaves(_restore(path, args)))[name]
+
+        return LazyArray(tuple(stored.shape), np.dtype(stored.dtype), read)
+
+    return rebuild(like, {name: lazy(name, stored) for name, stored in _stored(path, like).items()})
+
+
+def _stored(path: Path, like: dict) -> dict[str, Any]:
+    """Orbax's metadata of all leaves, once they are known to be those of `like`."""
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True)) as checkpointer:
         try:
-            found = dict(_leaves(checkpointer.metadata(path).item_metadata.tree))
+            found = dict(leaves(checkpointer.metadata(path).item_metadata.tree))
         except Exception as error:  # Orbax raises whatever its storage layers raise
             raise CheckpointError(f"cannot read the weights in {path}: {_brief(error)}") from error
-        _compare(path, {k: tuple(v.shape) for k, v in wanted.items()}, {k: tuple(v.shape) for k, v in found.items()})
-        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    compare(str(path), shapes(like), {name: tuple(leaf.shape) for name, leaf in found.items()})
+    return found
 
-        def restore(leaf: Any) -> ocp.ArrayRestoreArgs:
-            floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-            return ocp.ArrayRestoreArgs(sharding=sharding, dtype=dtype if dtype and floating else leaf.dtype)
 
-        args = jax.tree.map(restore, _string_keys(like))
+def _restore(path: Path, args: ocp.args.PyTreeRestore) -> Any:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True)) as checkpointer:
         try:
-            loaded = checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=args))
+            return checkpointer.restore(path, args=args)
         except Exception as error:
             raise CheckpointError(f"cannot read the weights in {path}: {_brief(error)}") from error
-    leaves = dict(_leaves(loaded))
-    return jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in wanted])
 
 
 def save_checkpoint(path: str | Path, config: ModelConfig, params: dict, dtype: Any = None) -> None:
@@ -94,7 +186,7 @@ def save_checkpoint(path: str | Path, config: ModelConfig, params: dict, dtype: 
     Args:
         path: the checkpoint folder; other files in it are lost.
         config: what the parameters belong to.
-        params: nested dict of arrays, as `eejax.model.init_params` returns.
+        params: nested dict of arrays, as `eejax.model.init_params` returns; or of `LazyArray`, stored as they are.
         dtype: floating leaves are stored as this dtype; as they are when not given.
 
     Raises:
@@ -106,14 +198,15 @@ def save_checkpoint(path: str | Path, config: ModelConfig, params: dict, dtype: 
 
 def write_checkpoint(folder: Path, config: ModelConfig, params: dict, dtype: Any = None) -> None:
     """`save_checkpoint` into a folder that exists, beside what it already holds (a tokenizer, say)."""
-    shapes = param_shapes(config)
-    _compare(folder, *({name: tuple(leaf.shape) for name, leaf in _leaves(tree)} for tree in (shapes, params)))
+    compare(str(folder), shapes(param_shapes(config)), shapes(params))
     (folder / CONFIG_FILE).write_text(json.dumps(config.to_dict(), indent=1) + "\n")
     save_tree(folder / WEIGHTS_DIR, params if dtype is None else _cast(params, dtype))
 
 
 def load_config(path: str | Path) -> ModelConfig:
     """The configuration of the checkpoint folder `path`. Raises `CheckpointError` naming the file and what is wrong."""
+    if huggingface.is_folder(path):
+        return huggingface.read_config(path)
     file = Path(path) / CONFIG_FILE
     try:
         values = json.loads(file.read_bytes())
@@ -130,7 +223,7 @@ def load_checkpoint(path: str | Path, dtype: Any = jnp.float32) -> tuple[ModelCo
     """Read a checkpoint folder onto the default device.
 
     Args:
-        path: the checkpoint folder.
+        path: an eejax checkpoint, or a Hugging Face folder, which is converted while it is read.
         dtype: floating leaves are cast to this dtype while they are read.
 
     Returns:
@@ -140,7 +233,17 @@ def load_checkpoint(path: str | Path, dtype: Any = jnp.float32) -> tuple[ModelCo
         CheckpointError: a file is missing or corrupt, or leaves are missing, extra or misshaped; they are named.
     """
     config = load_config(path)
+    if huggingface.is_folder(path):
+        return huggingface.load_model(path, dtype)
     return config, load_tree(Path(path) / WEIGHTS_DIR, param_shapes(config), dtype)
+
+
+def load_lazily(path: str | Path) -> tuple[ModelConfig, dict]:
+    """`load_checkpoint` with a tree of `LazyArray` in the dtypes stored: only metadata is read, and checked."""
+    config = load_config(path)
+    if huggingface.is_folder(path):
+        return huggingface.load_lazily(path)
+    return config, lazy_tree(Path(path) / WEIGHTS_DIR, param_shapes(config))
 
 
 def _cast(params: dict, dtype: Any) -> dict:
@@ -151,32 +254,6 @@ def _string_keys(tree: Any) -> Any:
     if not isinstance(tree, dict):
         return tree
     return {str(key): _string_keys(value) for key, value in tree.items()}
-
-
-def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted names and leaves, in the order in which jax flattens the same dict."""
-    if not isinstance(tree, dict):
-        yield prefix, tree
-        return
-    for key in sorted(tree):
-        yield from _leaves(tree[key], f"{prefix}.{key}" if prefix else str(key))
-
-
-def _compare(path: Path, wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
-    def listed(names: list[str]) -> str:
-        more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-        return ", ".join(names[:MAX_NAMED]) + more
-
-    missing = [f"{name} {wanted[name]}" for name in wanted if name not in found]
-    extra = [f"{name} {found[name]}" for name in found if name not in wanted]
-    bad = [f"{n}: expected {wanted[n]}, found {found[n]}" for n in wanted if n in found and wanted[n] != found[n]]
-    problems = [
-        f"{kind}: {listed(names)}"
-        for kind, names in (("missing", missing), ("extra", extra), ("misshaped", bad))
-        if names
-    ]
-    if problems:
-        raise CheckpointError(f"the weights in {path} do not match the configuration; " + "; ".join(problems))
 
 
 def _brief(error: Exception) -> str:

@@ -21,22 +21,29 @@ def paged_attention(
     *,
     layer: int,
     scale: float | None = None,
+    sliding_window: int | None = None,
 ) -> Float[Array, "B H C"]:
     """Attention of one query per row over the first `lengths` tokens of the row's pages.
 
-    A row of length 0 reads nothing and yields zeros. Entries of `page_table` behind a row's length may hold any id.
+    A row of length 0 reads nothing and yields zeros. Slots that a row does not see may hold anything, and entries of
+    `page_table` behind its length any id.
 
     Args:
         layer: which block's pages to read.
         scale: factor of the scores, `C ** -0.5` when not given.
+        sliding_window: see only this many of those tokens, the last ones (Mistral, arXiv 2310.06825); all when None.
+            Pages that no row sees any more are not visited.
 
     Raises:
-        ValueError: shapes or dtypes do not fit together; the message names the argument.
+        ValueError: shapes or dtypes do not fit together, or `sliding_window` is below 1; the message names the
+            argument.
     """
-    _check(q, 3, k_pages, v_pages, page_table, lengths, layer)
+    _check(q, 3, k_pages, v_pages, page_table, lengths, layer, sliding_window)
     if lengths.shape != (q.shape[0],):
         raise ValueError(f"lengths must be [{q.shape[0]}], one per row of q, got {list(lengths.shape)}")
-    return reference.paged_attention(q, k_pages, v_pages, page_table, lengths, layer=layer, scale=scale)
+    return reference.paged_attention(
+        q, k_pages, v_pages, page_table, lengths, layer=layer, scale=scale, sliding_window=sliding_window
+    )
 
 
 def paged_prefill_attention(
@@ -48,21 +55,35 @@ def paged_prefill_attention(
     *,
     layer: int,
     scale: float | None = None,
+    sliding_window: int | None = None,
 ) -> Float[Array, "B T H C"]:
     """Causal attention of several queries per row: each sees the row's tokens up to its own position.
 
+    With a `sliding_window` it sees the last so many of them: a query at position p sees `p - sliding_window < s <= p`.
     A query at position -1 (padding) reads nothing and yields zeros.
 
     Raises:
-        ValueError: shapes or dtypes do not fit together; the message names the argument.
+        ValueError: shapes or dtypes do not fit together, or `sliding_window` is below 1; the message names the
+            argument.
     """
-    _check(q, 4, k_pages, v_pages, page_table, positions, layer)
+    _check(q, 4, k_pages, v_pages, page_table, positions, layer, sliding_window)
     if positions.shape != q.shape[:2]:
         raise ValueError(f"positions must be {list(q.shape[:2])}, one per query, got {list(positions.shape)}")
-    return reference.paged_prefill_attention(q, k_pages, v_pages, page_table, positions, layer=layer, scale=scale)
+    return reference.paged_prefill_attention(
+        q, k_pages, v_pages, page_table, positions, layer=layer, scale=scale, sliding_window=sliding_window
+    )
 
 
-def _check(q: Array, rank: int, k_pages: Array, v_pages: Array, page_table: Array, visible: Array, layer: int) -> None:
+def _check(
+    q: Array,
+    rank: int,
+    k_pages: Array,
+    v_pages: Array,
+    page_table: Array,
+    visible: Array,
+    layer: int,
+    sliding_window: int | None,
+) -> None:
     if q.ndim != rank:
         raise ValueError(f"q must have {rank} dimensions, got {list(q.shape)}")
     for name, ids in (("page_table", page_table), ("lengths or positions", visible)):
@@ -83,3 +104,5 @@ def _check(q: Array, rank: int, k_pages: Array, v_pages: Array, page_table: Arra
         raise ValueError(f"page_table must be [{q.shape[0]}, M], one row per row of q, got {list(page_table.shape)}")
     if not 0 <= layer < layers:
         raise ValueError(f"layer must lie in 0..{layers - 1}, got {layer}")
+    if sliding_window is not None and sliding_window < 1:
+        raise ValueError(f"sliding_window must be at least 1, or None for no window, got {sliding_window}")

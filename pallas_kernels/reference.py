@@ -1,7 +1,8 @@
 """The specification, in plain jnp: what every implementation must compute, and what runs where no kernel does.
 
-Pages are visited one after another with an online softmax, and only as many as the longest row has: neither memory
-nor time depends on the size of the cache or the width of the page table.
+Pages are visited one after another with an online softmax, and only as many as the row with the most of them to see
+has: neither memory nor time depends on the size of the cache or the width of the page table, nor, with a sliding
+window, on how long the rows are.
 """
 
 from __future__ import annotations
@@ -23,10 +24,18 @@ def paged_attention(
     *,
     layer: int,
     scale: float | None = None,
+    sliding_window: int | None = None,
 ) -> Float[Array, "B H C"]:
     """See `pallas_kernels.api.paged_attention`."""
     return paged_prefill_attention(
-        q[:, None], k_pages, v_pages, page_table, lengths[:, None] - 1, layer=layer, scale=scale
+        q[:, None],
+        k_pages,
+        v_pages,
+        page_table,
+        lengths[:, None] - 1,
+        layer=layer,
+        scale=scale,
+        sliding_window=sliding_window,
     )[:, 0]
 
 
@@ -39,6 +48,7 @@ def paged_prefill_attention(
     *,
     layer: int,
     scale: float | None = None,
+    sliding_window: int | None = None,
 ) -> Float[Array, "B T H C"]:
     """See `pallas_kernels.api.paged_prefill_attention`."""
     rows, length, heads, dim = q.shape
@@ -48,16 +58,34 @@ def paged_prefill_attention(
         k_pages.dtype
     )  # [B K G T C]
     longest = jnp.max(positions, axis=1)  # [B], last visible position of the row
+    # Nothing has slid out of a window that holds all that a row has room for.
+    if sliding_window is None or sliding_window >= page_table.shape[1] * page_size:
+        windows = None
+        trips = jnp.max(longest) // page_size + 1  # -1 // S + 1 == 0 when nobody reads
+    else:
+        # Each row begins with the first page that one of its queries sees.
+        earliest = jnp.min(jnp.where(positions < 0, longest[:, None], positions), axis=1)
+        first = jnp.maximum(earliest - sliding_window + 1, 0) // page_size  # [B]
+        windows = first, positions - sliding_window  # the last position that a query no longer sees
+        trips = jnp.max(longest // page_size + 1 - first)
 
     def visit(page: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         top, total, summed = carry
-        ids = page_table[:, page]
+        if windows is None:
+            ids, slots = page_table[:, page], page * page_size + jnp.arange(page_size)  # [B], [S]
+            visible = slots <= positions[:, :, None]  # [B T S]
+            used = slots <= longest[:, None]  # [B S]
+        else:
+            first, behind = windows
+            place = (first + page)[:, None]  # [B 1]
+            ids = jnp.take_along_axis(page_table, place, axis=1, mode="clip")[:, 0]
+            slots = (place * page_size + jnp.arange(page_size))[:, None]  # [B 1 S]
+            visible = (behind[:, :, None] < slots) & (slots <= positions[:, :, None])
+            used = jnp.any(visible, axis=1)
         k = k_pages.at[layer, ids].get(mode="promise_in_bounds")  # [B K S C]
         v = v_pages.at[layer, ids].get(mode="promise_in_bounds")
-        slots = page * page_size + jnp.arange(page_size)
         # A slot nobody may see can hold anything, even NaN, and 0 * NaN is NaN: zero the values as well.
-        v = jnp.where((slots <= longest[:, None])[:, None, :, None], v, jnp.zeros((), v.dtype))
-        visible = slots <= positions[:, :, None]  # [B T S]
+        v = jnp.where(used[:, None, :, None], v, jnp.zeros((), v.dtype))
         scores = jnp.einsum("bkgtc,bksc->bkgts", grouped, k, preferred_element_type=jnp.float32)
         scores = jnp.where(visible[:, None, None], scores, MASKED)
         new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
@@ -69,7 +97,6 @@ def paged_prefill_attention(
 
     shape = (rows, kv_heads, heads // kv_heads, length)
     start = (jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros((*shape, dim)))
-    used = jnp.max(longest) // page_size + 1  # -1 // S + 1 == 0 when nobody reads
-    _, total, summed = jax.lax.fori_loop(0, used, visit, start)
+    _, total, summed = jax.lax.fori_loop(0, trips, visit, start)
     out = summed / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]
     return jnp.moveaxis(out, 3, 1).reshape(rows, length, heads, dim).astype(q.dtype)

@@ -46,10 +46,16 @@ SHAPES: dict[str, dict] = {
     "norm_own": {"exits": ExitConfig((2, 3), "norm", tie_output=False), "vocab_size": 53},
     "mlp_tied": {"exits": ExitConfig((1, 3), "mlp")},
     "mlp_own": {"exits": ExitConfig((1, 2, 3), "mlp", tie_output=False)},
+    "bare": {"exits": ExitConfig((1, 3), "norm", norm=False)},  # the LM head on hidden states as they are
+    "normless": {"exits": ExitConfig((1, 3), "norm", norm=False, tie_output=False)},
+    "block_tied": {"exits": ExitConfig((1, 3), "block")},
+    "block_own": {"exits": ExitConfig((1, 2, 3), "block", norm=False, tie_output=False), "n_kv_heads": 1},
     "bias": {"attention_bias": True},
     "qk_norm": {"qk_norm": True},
     "llama3_rope": {"rope_scaling": LLAMA3},
     "tied_embeddings": {"tie_embeddings": True},
+    "window": {"sliding_window": 5},
+    "window_above": {"sliding_window": 11, "sliding_from": 2, "n_layers": 3, "exits": ExitConfig((1, 2))},
     "odd_sizes": {
         "vocab_size": 37,
         "hidden_size": 22,
@@ -72,6 +78,18 @@ SHAPES: dict[str, dict] = {
         "norm_eps": 1e-3,
         "tie_embeddings": True,
         "exits": ExitConfig((1, 2, 4), "mlp", tie_output=False),
+    },
+    "everything_else": {
+        "n_heads": 6,
+        "n_kv_heads": 3,
+        "head_dim": 6,
+        "n_layers": 5,
+        "qk_norm": True,
+        "rope_theta": 1000.0,
+        "tie_embeddings": True,
+        "sliding_window": 7,
+        "sliding_from": 1,
+        "exits": ExitConfig((1, 2, 4), "block", tie_output=False, probes=True),
     },
 }
 
@@ -98,7 +116,11 @@ def random_params(config: ModelConfig, seed: int = 0, sharpness: float = 3.0) ->
     def walk(tree: dict) -> dict:
         return {k: walk(v) if isinstance(v, dict) else leaf(k, v.shape) for k, v in tree.items()}
 
-    return walk(param_shapes(config))
+    params = walk(param_shapes(config))
+    if not config.exits.norm and not config.exits.tie_output:
+        for head in params.get("exits", {}).values():
+            head["output"] *= np.float32(0.4)  # features are larger than those a norm puts out
+    return params
 
 
 @functools.cache

@@ -6,7 +6,8 @@ configuration objects and the layout of the parameter tree; every formula is wri
 The whole state of a sequence is one matrix per block: the hidden states that entered this block, one row per position.
 Whenever a block runs, it makes the keys and values of *all* positions anew from those. A token that left early enters
 every higher block with the state it had when it left (CALM state propagation, arXiv 2207.07061): that is all there is
-to "KV fill-in" here, so nothing can be filled in late, twice or not at all.
+to "KV fill-in" here, so nothing can be filled in late, twice or not at all. An exit that owns a whole block (EE-LLM,
+arXiv 2312.04916) has one matrix more: the states that came to it, or, of tokens that had left before, their last.
 
 Computed in float64 unless asked otherwise, so that `Margins` are those of exact arithmetic: where they exceed 1e-4, a
 float32 implementation has to make the same decisions.
@@ -108,6 +109,7 @@ class Reference:
         self.config = config
         self.params = float_tree(params, dtype)
         self.entering = [np.zeros((0, config.hidden_size), dtype) for _ in range(config.n_layers)]
+        self.at_exit = {layer: np.zeros((0, config.hidden_size), dtype) for layer in config.exits.layers}
 
     @property
     def length(self) -> int:
@@ -137,16 +139,23 @@ class Reference:
 
     def run_block(self, index: int, x):
         """Block `index` on the newest positions `x [new, D]`. Returns its output and the residual before its MLP."""
-        config, block = self.config, self.params["blocks"][index]
         self.entering[index] = np.concatenate([self.entering[index], x])
-        k, v = self.keys_values(block, self.entering[index])
-        positions = np.arange(len(k) - len(x), len(k))
+        slides = self.config.sliding_window is not None and index >= self.config.sliding_from
+        window = self.config.sliding_window if slides else math.inf
+        return self.transform(self.params["blocks"][index], self.entering[index], len(x), window)
+
+    def transform(self, block, states, new: int, window: float = math.inf):
+        """A whole transformer layer on the last `new` of the states that entered it; each sees `window` positions."""
+        config, x = self.config, states[len(states) - new :]
+        k, v = self.keys_values(block, states)
+        positions = np.arange(len(k) - new, len(k))
         q = self.queries(block, x, positions)
+        distance = positions[:, None] - np.arange(len(k))
         group = config.n_heads // config.n_kv_heads
         heads = []
         for h in range(config.n_heads):
             scores = q[:, h] @ k[:, h // group].T / math.sqrt(config.head_dim)
-            scores = np.where(np.arange(len(k)) <= positions[:, None], scores, -np.inf)
+            scores = np.where((distance >= 0) & (distance < window), scores, -np.inf)
             heads.append(softmax(scores) @ v[:, h // group])
         middle = x + np.concatenate(heads, axis=-1) @ block["wo"].T
         return middle + swiglu(block["mlp"], rms_norm(block["mlp_norm"], middle, config.norm_eps)), middle
@@ -157,14 +166,16 @@ class Reference:
         output = params["embedding"] if config.tie_embeddings else params["output"]
         norm = params["norm"]
         if layer < config.n_layers and config.exits.head != "shared":
-            head = params["exits"][f"after_{layer}"]
-            norm = head["norm"]
+            head = params.get("exits", {}).get(f"after_{layer}", {})  # tied and without a norm, it owns nothing
+            norm = head["norm"] if config.exits.norm else None
             if not config.exits.tie_output:
                 output = head["output"]
             if config.exits.head == "mlp":
                 mlp_norm = params["blocks"][layer - 1]["mlp_norm"]
                 x = middle + swiglu(head["mlp"], rms_norm(mlp_norm, middle, config.norm_eps))
-        return rms_norm(norm, x, config.norm_eps) @ output.T
+            if config.exits.head == "block":
+                x, _ = self.transform(head["block"], self.at_exit[layer], len(x))
+        return (x if norm is None else rms_norm(norm, x, config.norm_eps)) @ output.T
 
     def full_depth(self, token_ids: Sequence[int]) -> dict[int, np.ndarray]:
         """Run tokens through every block. Returns logits `[tokens, V]` at every exit point."""
@@ -172,9 +183,15 @@ class Reference:
         found = {}
         for index in range(self.config.n_layers):
             x, middle = self.run_block(index, x)
+            self.arrive(index + 1, x)
             if index + 1 in self.config.exit_points:
                 found[index + 1] = self.logits(index + 1, x, middle)
         return found
+
+    def arrive(self, layer: int, x) -> None:
+        """States `x` come out of block `layer`, or would have, had they not left before."""
+        if layer in self.at_exit:
+            self.at_exit[layer] = np.concatenate([self.at_exit[layer], x])
 
     def step(self, token_id: int, leave) -> tuple[np.ndarray, int]:
         """Run one token until `leave(exit_layer, logits)` says so. Returns its logits `[V]` and the exit layer."""
@@ -183,6 +200,7 @@ class Reference:
         for index in range(config.n_layers):
             x, middle = self.run_block(index, x)
             layer = index + 1
+            self.arrive(layer, x)
             if layer == config.n_layers:
                 return self.logits(layer, x, middle)[0], layer
             if layer in config.exits.layers:
@@ -190,6 +208,7 @@ class Reference:
                 if leave(layer, logits):
                     for above in range(layer, config.n_layers):
                         self.entering[above] = np.concatenate([self.entering[above], x])
+                        self.arrive(above + 1, x)
                     return logits, layer
         raise AssertionError("a model has at least one block")
 

@@ -303,3 +303,15 @@ def test_usage_errors(capsys: pytest.CaptureFixture[str], arguments: list[str]) 
         main(["latency", *arguments])
     assert stopped.value.code == 2
     assert "usage" in capsys.readouterr().err
+
+
+def test_a_dry_run_of_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--random", "tiny", "--num-iters", "1", "--max-shard-bytes", "9000", "--folder", str(tmp_path)]
+    assert main(["convert", *options, "--output-json", str(tmp_path / "out.json")]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result == json.loads((tmp_path / "out.json").read_text())
+    assert result["parameters"] == count_params(init_params(shape("tiny", ())))
+    assert result["stored_bytes"] > 2 * result["parameters"]
+    assert set(result["modes"]) == {"copy", "convert", "reverse"}
+    assert all(mode["peak_bytes"] > 0 for mode in result["modes"].values())
+    assert [file.name for file in tmp_path.iterdir()] == ["out.json"]

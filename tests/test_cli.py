@@ -29,7 +29,7 @@ from eejax.weights import WEIGHTS_DIR, save_checkpoint
 LAYERS = 4
 EXITS = (1, 3)
 PROMPT = "list the files"
-TEMPLATE = "{% for message in messages %}<q>{{ message['content'] }}<a>{% endfor %}"
+TEMPLATE = "{{ bos_token }}{% for message in messages %}<q>{{ message['content'] }}<a>{% endfor %}"
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from eejax.detokenizer import REPLACEMENT, WINDOW, Detokenizer
+from eejax.detokenizer import CLEANING, REPLACEMENT, WINDOW, Detokenizer
+from eejax.fast_tokenizer import CLEANED
+from eejax.tokenizer import load_tokenizer
+from tests.tokenizer_cases import FOLDERS, read_lines
+from tests.tokenizer_cases import NAMES as FOLDER_NAMES
 
 SENTENCES = [
     "The weaver sold two bolts of blue cloth and went home before the rain.",
@@ -25,6 +29,8 @@ UNSEEN = "Ω 你好吗 🙂🙃 \ufffd ñandú\n\n  x"
 
 class SentencePiece:
     """sentencepiece with byte fallback, as Llama 2 and the demo model have it."""
+
+    cleans_up = False
 
     def __init__(self, **options):
         model = io.BytesIO()
@@ -62,6 +68,8 @@ def bytes_to_letters():
 
 class ByteLevel:
     """A Hugging Face tokenizer over bytes, as GPT-2 and Llama 3 have it."""
+
+    cleans_up = False
 
     def __init__(self):
         self._model = tokenizers.Tokenizer(models.BPE())
@@ -103,8 +111,30 @@ class ByteFallback(ByteLevel):
         self.specials = [vocab[token] for token in SPECIALS]
 
 
+class Folder:
+    """A tokenizer from a Hugging Face folder, as the engine has it."""
+
+    def __init__(self, name):
+        self._tokenizer = load_tokenizer(FOLDERS / name)
+        self.size = self._tokenizer.vocab_size + 3  # and ids that only the model has
+        self.cleans_up = self._tokenizer.cleans_up
+        self.specials = sorted(self._tokenizer.special_ids)
+        backend = self._tokenizer._backend
+        spellings = [(f"<0x{byte:02X}>", letter) for byte, letter in enumerate(bytes_to_letters())]
+        ids = [[backend.token_to_id(one) for one in pair] for pair in spellings]
+        self.bytes = [next((i for i in pair if i is not None), 0) for pair in ids]
+
+    def encode(self, text):
+        return self._tokenizer.encode(text, add_bos=False)
+
+    def decode(self, ids, skip_special=True):
+        return self._tokenizer.decode(ids, skip_special)
+
+
 @cache
 def tokenizer(name):
+    if name in FOLDER_NAMES:
+        return Folder(name)
     return {
         "sentencepiece": SentencePiece,
         "sentencepiece-plain": lambda: SentencePiece(add_dummy_prefix=False, remove_extra_whitespaces=False),
@@ -114,7 +144,18 @@ def tokenizer(name):
     }[name]()
 
 
-NAMES = ["sentencepiece", "sentencepiece-plain", "sentencepiece-keep", "byte-level"]
+REWRITING = ["byte-fallback", "llama2-bare", "llama2-old", "llama2-legacy", "added", "mistral"]
+"""Their decoder rewrites a whole run of bytes when one of them is invalid."""
+NAMES = [
+    "sentencepiece",
+    "sentencepiece-plain",
+    "sentencepiece-keep",
+    "byte-level",
+    "llama3",
+    "qwen2",
+    "gpt2",
+    "unigram",
+]
 every_tokenizer = pytest.mark.parametrize("name", NAMES)
 
 
@@ -157,6 +198,28 @@ def token_ids(draw, name, max_size=90):
     return ids[:max_size]
 
 
+@st.composite
+def valid_ids(draw, name):
+    """Pieces, characters spelled in bytes, whole texts and specials, but no bytes that make up no character."""
+    rng = random.Random(draw(st.integers(0, 2**32 - 1)))
+    tok, ids = tokenizer(name), []
+    pieces = sorted(set(range(tok.size)) - set(tok.bytes))
+    for kind in draw(st.lists(st.sampled_from(["pieces", "characters", "special", "text", "repeat"]), max_size=8)):
+        match kind:
+            case "pieces":
+                ids += rng.choices(pieces, k=rng.randint(1, 12))
+            case "characters":
+                letters = "".join(rng.choices("é你🙂\n\0\u2581'", k=rng.randint(1, 9)))
+                ids += [tok.bytes[byte] for byte in letters.encode()]
+            case "special":
+                ids += rng.choices(tok.specials, k=rng.randint(1, 5))
+            case "text":
+                ids += tok.encode(rng.choice([*SENTENCES, UNSEEN, UNSEEN]))
+            case "repeat":
+                ids += [rng.choice(pieces)] * rng.randint(1, 40)
+    return ids
+
+
 def stops_in(draw, text):
     """Stop strings, most of which occur in `text` or begin like something in it."""
     stops = []
@@ -189,6 +252,32 @@ def test_the_deltas_make_up_the_decoded_text_up_to_the_first_stop_string(name, d
     assert detokenizer.text == text
 
 
+@pytest.mark.parametrize("name", REWRITING)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_the_deltas_make_up_the_decoded_text_where_bytes_make_up_characters(name, data):
+    tok = tokenizer(name)
+    ids = data.draw(valid_ids(name))
+    whole = tok.decode(ids)
+    stop = stops_in(data.draw, whole)
+    text, stopped = expected(whole, stop)
+    detokenizer = Detokenizer(tok, stop)
+    shown = ""
+    for token in ids:
+        shown += detokenizer.append(token)
+        assert text.startswith(shown)
+    assert (shown + detokenizer.finish(), detokenizer.stopped) == (text, stopped)
+
+
+@pytest.mark.parametrize("name", FOLDER_NAMES)
+def test_a_thousand_strings_stream_as_they_decode(name):
+    tok = tokenizer(name)
+    [texts] = read_lines(FOLDERS / "strings.json.gz")
+    for text in texts[::4]:
+        ids = tok.encode(text)
+        assert stream(Detokenizer(tok), ids) == tok.decode(ids)
+
+
 @every_tokenizer
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
@@ -214,11 +303,14 @@ def test_without_stop_strings_only_an_incomplete_character_is_held_back(name, da
     for i, token in enumerate(ids):
         detokenizer.append(token)
         held = tok.decode(ids[: i + 1])[len(detokenizer.text) :]
-        assert held == REPLACEMENT * len(held)
-        assert len(held) <= 3
+        if tok.cleans_up:  # or what a space may still vanish from
+            assert held.rstrip(REPLACEMENT).strip(CLEANING) == ""
+        else:
+            assert held == REPLACEMENT * len(held)
+            assert len(held) <= 3
 
 
-@pytest.mark.parametrize("name", [*NAMES, "byte-fallback"])
+@pytest.mark.parametrize("name", [*NAMES, *REWRITING])
 def test_characters_that_take_several_tokens_come_whole(name):
     tok = tokenizer(name)
     ids = tok.encode((SENTENCES[3] + " " + UNSEEN.replace(REPLACEMENT, "")) * 8)
@@ -233,7 +325,7 @@ def test_characters_that_take_several_tokens_come_whole(name):
     assert shown + detokenizer.finish() == whole
 
 
-@pytest.mark.parametrize("name", [*NAMES, "byte-fallback"])
+@pytest.mark.parametrize("name", [*NAMES[:-1], *REWRITING])  # all that have bytes
 def test_replacement_characters_come_out_where_bytes_are_invalid(name):
     tok = tokenizer(name)
     a, b = (tok.encode(letter)[-1] for letter in "ab")
@@ -255,6 +347,8 @@ def test_byte_fallback_that_rewrites_a_run_of_bytes_does_not_derail_the_text():
 
 class Letters:
     """Token i is the i-th of these byte strings; remembers how many tokens it decoded at once."""
+
+    cleans_up = False
 
     def __init__(self, *pieces):
         self.pieces = pieces
@@ -291,6 +385,42 @@ def test_stop_strings(stop, pieces, deltas, stopped):
     assert "".join(deltas) + detokenizer.finish() == detokenizer.text == text
 
 
+class Cleaning(Letters):
+    """Cleans up as Transformers does."""
+
+    cleans_up = True
+
+    def decode(self, ids, skip_special=True):
+        text = super().decode(ids)
+        for spaced, clean in CLEANED:
+            text = text.replace(spaced, clean)
+        return text
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.sampled_from([*" .?!,'ntmsverx", " '", "' ", " n't", "'ve", "ten", "n \n", "\x80"]), max_size=120),
+    st.data(),
+)
+def test_a_space_that_the_next_token_takes_away_is_not_shown(pieces, data):
+    tok = Cleaning(*(piece.encode("latin-1") for piece in pieces))
+    whole = tok.decode(range(len(pieces)))
+    text, _ = expected(whole, stop := stops_in(data.draw, whole))
+    detokenizer = Detokenizer(tok, stop)
+    for i in range(len(pieces)):
+        detokenizer.append(i)
+        assert text.startswith(detokenizer.text)
+    detokenizer.finish()
+    assert detokenizer.text == text
+
+
+def test_what_is_held_back_begins_what_is_cleaned_up():
+    assert {letter for spaced, _ in CLEANED for letter in spaced[:-1]} == set(CLEANING)
+    tok = Cleaning(b"a", b" ", b"' ", b".", b"b n", b"'", b"t", b"x")
+    detokenizer = Detokenizer(tok)
+    assert [detokenizer.append(i) for i in range(8)] == ["a", "", "", " '.", "b", "", "n't", "x"]
+
+
 def test_tokens_after_a_stop_string_change_nothing():
     tok = Letters(b"a", b"STOP", b"b")
     detokenizer = Detokenizer(tok, ("STOP",))
@@ -320,6 +450,7 @@ def test_whitespace_that_is_stripped_only_at_the_start_of_the_text():
 class Counting:
     def __init__(self, inner):
         self.inner, self.tokens, self.most = inner, 0, 0
+        self.cleans_up = inner.cleans_up
 
     def decode(self, ids, skip_special=True):
         self.tokens += len(ids)
@@ -327,7 +458,7 @@ class Counting:
         return self.inner.decode(ids, skip_special)
 
 
-@pytest.mark.parametrize("name", [*NAMES, "byte-fallback"])
+@pytest.mark.parametrize("name", [*NAMES, *REWRITING])
 @pytest.mark.parametrize("what", ["text", "specials", "specials after a lead byte", "invalid", "emoji"])
 def test_cost_of_a_token_does_not_grow_with_the_text(name, what):
     tok = tokenizer(name)

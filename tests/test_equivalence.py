@@ -64,10 +64,17 @@ ENGINES: dict[str, dict] = {shape: {"shape": shape} for shape in SHAPES} | {
     "norm_own": {"shape": "norm_own", "max_chunk_steps": 3, "max_prefill_tokens": 16},
     # The longest sequence takes 12 pages of 4: two long ones cannot stay together.
     "tight": {"shape": "everything", "max_num_seqs": 4, "max_chunk_steps": 5, "page_size": 4, "num_pages": 13},
-    "gqa with eos": {"shape": "gqa", "eos_id": 20},
+    "everything_else": {
+        "shape": "everything_else",
+        "max_num_seqs": 4,
+        "max_chunk_steps": 4,
+        "page_size": 4,
+        "num_pages": 13,
+    },
+    "gqa with eos": {"shape": "gqa", "eos_ids": (20,)},
     "gqa without exits": {"shape": "gqa", "exit_layers": ()},
 }
-MIXED = ("deep", "mlp_own", "norm_own", "tight")
+MIXED = ("deep", "mlp_own", "norm_own", "tight", "everything_else")
 
 
 def new_engine(
@@ -78,7 +85,7 @@ def new_engine(
     max_num_seqs: int = 2,
     max_chunk_steps: int = 6,
     max_prefill_tokens: int = 64,
-    eos_id: int | None = None,
+    eos_ids: tuple[int, ...] = (),
     exit_layers: tuple[int, ...] | None = None,
 ) -> Engine:
     model, params = random_model(shape)
@@ -89,7 +96,7 @@ def new_engine(
         max_model_len=MAX_LEN,
         prefill_chunk=16,
     )
-    return Engine(config, params, eos_id=eos_id)
+    return Engine(config, params, eos_ids=eos_ids)
 
 
 @functools.cache
@@ -302,10 +309,11 @@ def preemptions(outputs: Sequence[RequestOutput]) -> int:
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6])
-def test_preempted_requests_resume_exactly(share):
+@pytest.mark.parametrize("name", ["tight", "everything_else"])
+def test_preempted_requests_resume_exactly(name, share):
     """Four sequences that need 24 pages together share 13. The KV of their early tokens is restored as it was."""
-    config, params = model_of("tight")
-    early_exit = EarlyExitParams(thresholds("everything", "softmax", share))
+    config, params = model_of(name)
+    early_exit = EarlyExitParams(thresholds(ENGINES[name]["shape"], "softmax", share))
     cases = [
         draw_case(
             config,
@@ -319,7 +327,7 @@ def test_preempted_requests_resume_exactly(share):
         )
         for i in range(4)
     ]
-    outputs = serve(shared_engine("tight"), [asked(case) for case in cases])
+    outputs = serve(shared_engine(name), [asked(case) for case in cases])
     assert preemptions(outputs) >= 2
     assert_answers(outputs, cases)
 
@@ -527,7 +535,7 @@ def test_seeds_matter():
     assert len(set(answers([output]))) == 3, "sampled siblings differ"
 
 
-@pytest.mark.parametrize("name", ["deep", "tight"])
+@pytest.mark.parametrize("name", ["deep", "tight", "everything_else"])
 def test_drawn_answers_have_the_reference_s_probabilities(name):
     """The reference follows the answer token by token and exit by exit: each had the probability that was reported."""
     config, params = model_of(name)

@@ -77,10 +77,11 @@ def test_values_are_stored_in_the_dtype_of_the_cache():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("shape", ["gqa", "mha", "odd_sizes"])
+@pytest.mark.parametrize("shape", ["gqa", "mha", "odd_sizes", "block_own"])
 def test_page_bytes_are_what_a_page_takes(shape, dtype):
     model = shape_config(shape)
     cache = init_cache(model, CacheConfig(PAGES, PAGE), jnp.dtype(dtype))
     assert page_bytes(model, PAGE, jnp.dtype(dtype).itemsize) == (cache.k.nbytes + cache.v.nbytes) / PAGES
-    assert cache.k.shape == (model.n_layers, PAGES, model.n_kv_heads, PAGE, model.head_dim)
+    blocks = model.n_layers + (len(model.exits.layers) if shape == "block_own" else 0)
+    assert cache.k.shape == (blocks, PAGES, model.n_kv_heads, PAGE, model.head_dim)
     assert not np.any(np.asarray(cache.k, np.float32)) and not np.any(np.asarray(cache.v, np.float32))

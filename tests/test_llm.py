@@ -23,13 +23,16 @@ from eejax import (
     EejaxError,
     InvalidRequestError,
     SamplingParams,
+    TokenizerError,
 )
+from eejax.cli import in_chat_template
 from eejax.config import ExitConfig, ModelConfig
 from eejax.engine import EngineStats
-from eejax.tokenizer import CONFIG_FILE, MODEL_FILE
+from eejax.tokenizer import CONFIG_FILE, MODEL_FILE, copy_tokenizer
 from eejax.weights import save_checkpoint
 from tests.cases import random_model, random_params
 from tests.reference import generate as reference
+from tests.tokenizer_cases import FOLDERS
 
 DEPTH, EXITS, MAX_LEN, PAGE = 3, (1, 2), 32, 8
 TEXTS = ["one two three", "a b c", "three and four"]
@@ -245,7 +248,8 @@ def test_stop_tokens_and_the_end_token(llm: LLM, monkeypatch: pytest.MonkeyPatch
     [stopped] = llm.generate(prompt, greedy(stop_token_ids=[tokens[at]], logprobs=1), use_tqdm=False)
     assert (stopped.outputs[0].token_ids, stopped.outputs[0].finish_reason) == (tokens[: at + 1], "stop")
     assert len(stopped.outputs[0].logprobs) == len(stopped.outputs[0].exit_layers) == at + 1
-    monkeypatch.setattr(llm.engine, "eos_id", tokens[at])
+    # One of several, as Llama 3 has them; the other does not come.
+    monkeypatch.setattr(llm.engine, "eos_ids", frozenset({tokens[at], max(tokens) + 1}))
     [ended] = llm.generate(prompt, greedy(ignore_eos=False), use_tqdm=False)
     assert (ended.outputs[0].token_ids, ended.outputs[0].finish_reason) == (tokens[: at + 1], "stop")
     [ignored] = llm.generate(prompt, greedy(ignore_eos=True), use_tqdm=False)
@@ -518,6 +522,121 @@ def test_abort(llm: LLM):
     assert 0 < count < 25 and output.outputs[0].token_ids == expected[:count]
     with pytest.raises(InvalidRequestError, match=running):
         llm.engine.abort(running)
+
+
+# ------------------------------------------------------------------------------------------------------------- chat
+
+
+TALK = [{"role": "user", "content": "  Where is the harbour?"}]
+DATED = {"date_string": "1 May 2031"}
+
+
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory: pytest.TempPathFactory) -> LLM:
+    """A random model with a tokenizer in the manner of Llama 3: three end tokens, and a template that spells BOS."""
+    folder = tmp_path_factory.mktemp("chatty") / "model"
+    config = ModelConfig(
+        vocab_size=690,  # more than the tokenizer has
+        hidden_size=16,
+        intermediate_size=24,
+        n_layers=2,
+        n_heads=2,
+        n_kv_heads=1,
+        head_dim=8,
+        max_position=1024,
+    )
+    save_checkpoint(folder, config, random_params(config, seed=5))
+    copy_tokenizer(FOLDERS / "llama3", folder)
+    return LLM(folder, max_num_seqs=2, page_size=64, num_pages=24)
+
+
+def test_a_conversation_is_sent_as_the_template_writes_it(chatty: LLM):
+    tokenizer = chatty.tokenizer
+    [output] = chatty.chat(TALK, greedy(max_tokens=4), chat_template_kwargs=DATED)  # with the progress bar
+    text = tokenizer.apply_chat_template(TALK, **DATED)
+    assert text.startswith("<|begin_of_text|>") and text.endswith("assistant<|end_header_id|>\n\n")
+    assert output.prompt == text
+    assert output.prompt_token_ids == tuple(tokenizer.encode(text, add_bos=False))
+    assert output.prompt_token_ids.count(tokenizer.bos_id) == 1
+    [by_ids] = chatty.generate(ids(*output.prompt_token_ids), greedy(max_tokens=4), use_tqdm=False)
+    assert (by_ids.outputs, by_ids.prompt) == (output.outputs, None)
+    [by_text] = chatty.generate(text, greedy(max_tokens=4), use_tqdm=False)  # which spells BOS: no second one
+    assert (by_text.outputs, by_text.prompt_token_ids) == (output.outputs, output.prompt_token_ids)
+    [plain] = chatty.generate("harbour", greedy(max_tokens=1), use_tqdm=False)
+    assert plain.prompt_token_ids == tuple(tokenizer.encode("harbour"))
+    assert plain.prompt_token_ids[0] == tokenizer.bos_id
+
+
+def test_the_template_is_told_what_the_caller_says(chatty: LLM):
+    def prompt(**options) -> str:
+        return chatty.chat(TALK, greedy(max_tokens=1), use_tqdm=False, **options)[0].prompt
+
+    assert "Today: 1 May 2031" in prompt(chat_template_kwargs=DATED)
+    assert '"name": "clock"' in prompt(chat_template_kwargs={"tools": [{"name": "clock"}]})
+    assert prompt(add_generation_prompt=False).endswith("harbour?<|eot_id|>")
+
+
+def test_conversations_in_a_list_do_not_harm_each_other(chatty: LLM, caplog: pytest.LogCaptureFixture):
+    endless = [{"role": "user", "content": "words " * 2000}]
+    calls = [{"role": "assistant", "content": "", "tool_calls": []}]  # the template wants one call at a time
+    talks = [TALK, calls, [], "text", endless, [{"role": "user", "content": "lone \ud800"}], TALK * 2]
+    params = [greedy(max_tokens=n) for n in range(2, 9)]
+    with caplog.at_level(logging.WARNING, "eejax"):
+        outputs = chatty.chat(talks, params, use_tqdm=False, chat_template_kwargs=DATED)
+    assert [output.error is None for output in outputs] == [True, False, False, False, False, False, True]
+    for talk, one, output in zip(talks, params, outputs, strict=True):
+        if output.error is None:
+            [alone] = chatty.chat(talk, one, use_tqdm=False, chat_template_kwargs=DATED)
+            assert (alone.outputs, alone.prompt) == (output.outputs, output.prompt)
+        else:
+            assert isinstance(output.error, InvalidRequestError)
+            assert (output.outputs, output.finished) == ((), True)
+    says(outputs[1].error, "One call at a time!")
+    assert [output.prompt is None for output in outputs[1:5]] == [True, True, True, False]
+    assert len(caplog.records) == 5
+    assert chatty.chat([], use_tqdm=False) == []
+
+
+@pytest.mark.parametrize(
+    ("messages", "options", "said"),
+    [
+        ([{"role": "assistant", "tool_calls": []}], {}, "One call at a time!"),
+        ([{"role": "user"}], {}, "message 0 must be a mapping with role and content"),
+        ("text", {}, "messages must be a conversation or a list of them, got 'text'"),
+        ({"role": "user", "content": "x"}, {}, "messages must be a conversation"),
+        (TALK, {"chat_template_kwargs": {"messages": []}}, r"names other than messages, .* got \['messages'\]"),
+        (TALK, {"chat_template_kwargs": {3: 4}}, r"must have names .* got \[3\]"),
+        (TALK, {"chat_template_kwargs": {"tools": 3}}, "tools must be a list of mappings"),
+        (TALK, {"sampling_params": [GREEDY, GREEDY]}, "2 sampling parameters for 1 prompts"),
+    ],
+)
+def test_a_conversation_that_is_refused(chatty: LLM, messages: list, options: dict, said: str):
+    before = chatty.stats()
+    with pytest.raises(InvalidRequestError, match=said):
+        chatty.chat(messages, use_tqdm=False, **options)
+    assert chatty.stats() == before
+
+
+def test_chat_needs_a_tokenizer_with_a_template(llm: LLM, chatty: LLM):
+    for talks in (TALK, [TALK]):
+        with pytest.raises(TokenizerError, match="this model has no chat template"):
+            llm.chat(talks, use_tqdm=False)
+    model, params = random_model("gqa")
+    options = {"max_num_seqs": 1, "max_model_len": 16, "page_size": PAGE, "num_pages": 4}
+    with pytest.raises(TokenizerError, match="this model has no tokenizer"):
+        LLM.from_params(model, params, **options).chat(TALK, use_tqdm=False)
+    # The command line sends the same, and a prompt as it is where there is no template.
+    assert in_chat_template(llm, "as it is") == "as it is"
+    [output] = chatty.chat([{"role": "user", "content": "Hi"}], greedy(max_tokens=1), use_tqdm=False)
+    assert in_chat_template(chatty, "Hi") == {"prompt_token_ids": list(output.prompt_token_ids)}
+
+
+def test_any_end_token_of_the_checkpoint_ends_an_answer(chatty: LLM):
+    assert chatty.engine.eos_ids == {677, 680, 681}
+    model, params = random_model("gqa")
+    options = {"max_num_seqs": 1, "max_model_len": 16, "page_size": PAGE, "num_pages": 4}
+    for given, expected in ((None, set()), (3, {3}), ([3, 5], {3, 5})):
+        assert LLM.from_params(model, params, eos_id=given, **options).engine.eos_ids == expected
 
 
 # ------------------------------------------------------------------------------------------------------ other exits

@@ -55,7 +55,7 @@ def test_dense_forward_equals_reference(shape):
             np.testing.assert_allclose(found[layer][b], expected[layer], **TOLERANCE, err_msg=f"exit {layer}")
 
 
-@pytest.mark.parametrize("shape", ["gqa", "norm_tied", "mlp_tied", "everything"])
+@pytest.mark.parametrize("shape", ["gqa", "norm_tied", "mlp_tied", "block_own", "everything", "everything_else"])
 def test_every_parameter_counts(shape):
     """Changing any single leaf changes some logits, in eejax and in the reference alike."""
     config, params = random_model(shape)
@@ -65,6 +65,8 @@ def test_every_parameter_counts(shape):
     leaves, tree = jax.tree.flatten(params)
     changed = {}
     for i, name in enumerate(leaf_names(params)):
+        if "probe" in name:  # they have no part in logits
+            continue
         # Element by element: q/k-norm takes no notice of a factor common to the whole of `wq`.
         factors = np.random.default_rng(i).uniform(0.5, 1.5, leaves[i].shape).astype(np.float32)
         other = jax.tree.unflatten(tree, [*leaves[:i], leaves[i] * factors, *leaves[i + 1 :]])
@@ -84,13 +86,14 @@ def test_every_parameter_counts(shape):
         return jax.vmap(one)(stacked)
 
     found = run(stacked)
+    assert len(changed) == len(leaves) - sum("probe" in name for name in leaf_names(params))
     for i, (name, other) in enumerate(changed.items()):
         expected = Reference(config, other).full_depth(row)
         for e in expected:
             np.testing.assert_allclose(found[e][i].T, expected[e], **TOLERANCE, err_msg=f"{name}, exit {e}")
 
 
-@pytest.mark.parametrize("shape", ["gqa", "mlp_own", "everything"])
+@pytest.mark.parametrize("shape", ["gqa", "mlp_own", "everything", "window", "block_tied", "everything_else"])
 def test_reference_step_by_step_equals_its_dense_pass(shape):
     """The cache-free stepping adds nothing of its own: at full depth it is the dense causal pass."""
     config, params = random_model(shape)
@@ -123,6 +126,46 @@ def test_reference_freezes_what_left():
     assert [len(x) for x in left.entering] == [10] * config.n_layers
     a, b = (s.step(7, lambda e, _: False)[0] for s in (left, stayed))
     assert np.abs(a - b).max() > 1e-2
+
+
+def test_reference_freezes_what_came_to_later_exits_too():
+    """An exit's own block sees the state that a token left with below, and that changes who asks it next."""
+    config, params = random_model("block_tied")  # exits after 1 and 3 of 4
+    tokens = random_prompt(config, 9, 6)
+    left, stayed = Reference(config, params), Reference(config, params)
+    for sequence, leave in ((left, lambda e, _: e == 1), (stayed, lambda e, _: False)):
+        sequence.full_depth(tokens)
+        sequence.step(5, leave)
+    assert [len(x) for x in left.at_exit.values()] == [10, 10]
+    np.testing.assert_array_equal(left.at_exit[1], stayed.at_exit[1])
+    np.testing.assert_array_equal(left.at_exit[3][-1], left.at_exit[1][-1])
+    assert not np.allclose(left.at_exit[3][-1], stayed.at_exit[3][-1])
+    # Only what exit 3's block keeps of the token is changed, so only its logits are.
+    forged = Reference(config, params)
+    forged.full_depth(tokens)
+    forged.step(5, lambda e, _: False)
+    forged.at_exit[3][-1] = left.at_exit[3][-1]
+    seen = {}
+    for name, sequence in (("stayed", stayed), ("forged", forged)):
+        seen[name] = {}
+        seen[name][4], _ = sequence.step(7, lambda e, logits, at=seen[name]: at.update({e: logits}))
+    np.testing.assert_array_equal(seen["forged"][1], seen["stayed"][1])
+    np.testing.assert_array_equal(seen["forged"][4], seen["stayed"][4])
+    assert np.abs(seen["forged"][3] - seen["stayed"][3]).max() > 1e-2
+
+
+@pytest.mark.parametrize("window", [1, 2, 5])
+def test_windows_count_the_token_itself(window):
+    """In a single block, a token's logits depend on the last `window` tokens and on no other."""
+    config, params = random_model("gqa", n_layers=1, exits=ExitConfig(), sliding_window=window)
+    tokens = random_prompt(config, 9, 4)
+    rows = [tokens] + [[*tokens[:i], (tokens[i] + 1) % config.vocab_size, *tokens[i + 1 :]] for i in range(9)]
+    dense = dense_logits(config, params, rows)[1]
+    reference = [Reference(config, params).full_depth(row)[1] for row in rows]
+    for logits in (dense, reference):
+        for i in range(9):
+            differs = [np.abs(logits[i + 1][p] - logits[0][p]).max() > 1e-3 for p in range(9)]
+            assert differs == [i <= p < i + window for p in range(9)]
 
 
 def test_reference_picks_the_lowest_of_equal_logits():
@@ -221,8 +264,9 @@ def test_residual_dtype_follows_embedding_or_argument():
     assert dtypes(rounded(params), jnp.dtype("float32")) == {jnp.dtype("float32")}
 
 
-def test_remat_changes_nothing():
-    config, params = random_model("mlp_own")
+@pytest.mark.parametrize("shape", ["mlp_own", "everything_else"])
+def test_remat_changes_nothing(shape):
+    config, params = random_model(shape)
     tokens = jnp.asarray(two_rows(config, 8), jnp.int32)
     a, b = (
         jax.jit(lambda params, remat=remat: bind(config, params).exit_features(tokens, remat=remat))(params)
@@ -265,6 +309,14 @@ def test_optional_parameters_exist_only_where_configured():
     assert own == {"['exits']['after_1']['output']", "['exits']['after_3']['output']"}
     mlp = names(exits=ExitConfig((2,), "mlp")) - plain
     assert mlp == {f"['exits']['after_2']{leaf}" for leaf in ("['norm']", "['mlp']['gate_up']", "['mlp']['down']")}
+    assert mlp - names(exits=ExitConfig((2,), "mlp", norm=False)) == {"['exits']['after_2']['norm']"}
+    bare = names(exits=ExitConfig((2,), "norm", norm=False, tie_output=False)) - plain
+    assert bare == {"['exits']['after_2']['output']"}
+    block = names(exits=ExitConfig((2,), "block", norm=False), qk_norm=True) - names(qk_norm=True)
+    assert {name.removeprefix("['exits']['after_2']['block']") for name in block} == in_first_block(names(qk_norm=True))
+    probes = names(exits=ExitConfig((1, 3), probes=True)) - plain
+    assert probes == {f"['exits']['after_{e}']['probe_{leaf}']" for e in (1, 3) for leaf in ("weight", "bias")}
+    assert names(exits=ExitConfig((), "block", probes=True)) == plain
 
 
 def test_bind_keeps_the_configuration():
@@ -272,6 +324,26 @@ def test_bind_keeps_the_configuration():
     model = bind(config, params)
     assert isinstance(model, EarlyExitTransformer)
     assert model.config == config
+
+
+def test_probes_are_linear_in_the_features():
+    config, params = random_model("everything_else")
+    features = np.random.default_rng(3).standard_normal((config.hidden_size, 2, 3)).astype(np.float32)
+    for layer in config.exits.layers:
+        own = params["exits"][f"after_{layer}"]
+        expected = np.einsum("d,dbt->bt", own["probe_weight"], features) + own["probe_bias"]
+        for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.bfloat16, 0.2)):
+            found = bind(config, params).probe_logit(layer, jnp.asarray(features, dtype))
+            assert found.dtype == jnp.float32
+            np.testing.assert_allclose(found, expected, atol=tolerance)
+
+
+def test_a_block_exit_needs_somebody_who_knows_attention():
+    config, params = random_model("block_tied")
+    x = jnp.zeros((config.hidden_size, 1))
+    with pytest.raises(ValueError, match="block exit after block 3 need run_block"):
+        bind(config, params).features(3, x, x)
+    assert bind(config, params).features(config.n_layers, x, x).shape == x.shape
 
 
 # ---------------------------------------------------------------------------------------------------------- exit layers
@@ -303,12 +375,25 @@ def test_no_exits_is_the_plain_model():
     )
 
 
-@pytest.mark.parametrize("head", ["norm", "mlp"])
+@pytest.mark.parametrize("head", ["norm", "mlp", "block"])
 def test_trained_heads_allow_a_subset_only(head):
     config = shape_config(exits=ExitConfig((1, 3), head))
     assert config.with_exit_layers((3,)).exits == ExitConfig((3,), head)
     with pytest.raises(ConfigError, match=r"\[2\].*\(1, 3\)"):
         config.with_exit_layers((1, 2))
+
+
+def test_a_subset_of_block_exits_keeps_its_blocks():
+    """Their place in the cache follows from the exits that are left."""
+    config, params = random_model("block_own")  # exits after 1, 2 and 3 of 4
+    model = bind(config, params)
+    assert [model.exit_blocks(layer) for layer in range(5)] == [(), (4,), (5,), (6,), ()]
+    assert len(model.cached_blocks) == config.n_cached_blocks == 7
+    fewer = config.with_exit_layers((2, 3))
+    model = bind(fewer, {**params, "exits": {name: params["exits"][name] for name in fewer.exit_names}})
+    assert [model.exit_blocks(layer) for layer in range(5)] == [(), (), (4,), (5,), ()]
+    for place, name in ((4, "after_2"), (5, "after_3")):
+        np.testing.assert_array_equal(model.cached_blocks[place].wq[...], params["exits"][name]["block"]["wq"])
 
 
 # ----------------------------------------------------------------------------------------------------------- validation

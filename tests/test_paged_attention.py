@@ -19,6 +19,7 @@ import pallas_kernels
 LAYERS, PAGE, WIDTH, DIM = 3, 8, 4, 16
 LONGEST = PAGE * WIDTH
 LENGTHS = (0, 1, PAGE - 1, PAGE, PAGE + 1, LONGEST)
+WINDOWS = (1, PAGE - 1, PAGE, PAGE + 1, 2 * PAGE + 3, LONGEST - 1, LONGEST, 10**12)
 HEADS = {"mha": (4, 4), "gqa": (6, 2), "mqa": (4, 1)}
 
 IMPLEMENTATIONS = {
@@ -45,6 +46,12 @@ class Problem:
     positions: np.ndarray
     layer: int = 1
     scale: float | None = None
+    sliding_window: int | None = None
+
+    def slots(self, row: int, query: int) -> range:
+        """What one query sees."""
+        last = int(self.positions[row, query])
+        return range(0 if self.sliding_window is None else max(0, last - self.sliding_window + 1), last + 1)
 
     def expected(self) -> np.ndarray:
         """[B T H C], a query and a head at a time."""
@@ -52,8 +59,7 @@ class Problem:
         group = self.q.shape[2] // self.k_pages.shape[2]
         scale = self.q.shape[3] ** -0.5 if self.scale is None else self.scale
         for row, query in np.ndindex(self.positions.shape):
-            slots = range(self.positions[row, query] + 1)
-            where = [(self.page_table[row, slot // PAGE], slot % PAGE) for slot in slots]
+            where = [(self.page_table[row, slot // PAGE], slot % PAGE) for slot in self.slots(row, query)]
             for head in range(self.q.shape[2] if where else 0):
                 k, v = (
                     np.array([pages[self.layer, page, head // group, offset] for page, offset in where], np.float64)
@@ -67,11 +73,11 @@ class Problem:
     def found(self, implementation: str) -> np.ndarray:
         decode, prefill = compiled(implementation)
         arrays = [jnp.asarray(a) for a in (self.q, self.k_pages, self.v_pages, self.page_table, self.positions)]
+        options = {"layer": self.layer, "scale": self.scale, "sliding_window": self.sliding_window}
         if self.q.shape[1] > 1:
-            return np.asarray(prefill(*arrays, layer=self.layer, scale=self.scale), np.float64)
+            return np.asarray(prefill(*arrays, **options), np.float64)
         q, *rest, positions = arrays
-        out = decode(q[:, 0], *rest, positions[:, 0] + 1, layer=self.layer, scale=self.scale)
-        return np.asarray(out[:, None], np.float64)
+        return np.asarray(decode(q[:, 0], *rest, positions[:, 0] + 1, **options)[:, None], np.float64)
 
     def swapped(self) -> Problem:
         return replace(self, k_pages=self.v_pages, v_pages=self.k_pages)
@@ -79,7 +85,7 @@ class Problem:
 
 @functools.cache
 def compiled(implementation: str):
-    return [jax.jit(f, static_argnames=("layer", "scale")) for f in IMPLEMENTATIONS[implementation]]
+    return [jax.jit(f, static_argnames=("layer", "scale", "sliding_window")) for f in IMPLEMENTATIONS[implementation]]
 
 
 def problem(heads: str, positions, dtype: str = "float32", seed: int = 0, **kwargs) -> Problem:
@@ -92,17 +98,18 @@ def problem(heads: str, positions, dtype: str = "float32", seed: int = 0, **kwar
     table = rng.permutation(num_pages)[: rows * WIDTH].reshape(rows, WIDTH).astype(np.int32)
     lengths = positions.max(axis=1) + 1
     sharers = np.flatnonzero(lengths >= PAGE)[-2:]
-    table[sharers, 0] = table[sharers[0], 0]  # two rows with the same beginning
+    table[sharers, 0] = table[sharers[:1], 0]  # two rows with the same beginning
     shape = (LAYERS, num_pages, kv_heads, PAGE, DIM)
-    seen = np.zeros((num_pages, PAGE), bool)
-    for row in range(rows):
-        for slot in range(lengths[row]):
-            seen[table[row, slot // PAGE], slot % PAGE] = True
-    layer = kwargs.get("layer", Problem.layer)
-    hidden = ~(seen[None, :, None, :, None] & (np.arange(LAYERS) == layer)[:, None, None, None, None])
-    k, v = (np.where(hidden, np.nan, rng.standard_normal(shape)).astype(jnp.dtype(dtype)) for _ in range(2))
+    k, v = (rng.standard_normal(shape).astype(jnp.dtype(dtype)) for _ in range(2))
     q = rng.standard_normal((*positions.shape, n_heads, DIM)).astype(np.float32)
-    return Problem(q, k, v, table, positions, **kwargs)
+    found = Problem(q, k, v, table, positions, **kwargs)
+    seen = np.zeros((LAYERS, num_pages, PAGE), bool)
+    for row, query in np.ndindex(positions.shape):
+        for slot in found.slots(row, query):
+            seen[found.layer, table[row, slot // PAGE], slot % PAGE] = True
+    for pages in (k, v):
+        np.moveaxis(pages, 2, -1)[~seen] = np.nan
+    return found
 
 
 def one_query_each(heads: str, dtype: str = "float32", **kwargs) -> Problem:
@@ -173,6 +180,77 @@ def test_layer_and_scale(implementation, make, layer, scale):
 
 
 @suite
+@kinds
+@pytest.mark.parametrize("window", WINDOWS)
+def test_windows_end_where_they_should(implementation, make, window):
+    """One slot more would be NaN. One less, or all that came before, is another result."""
+    given = make("gqa", sliding_window=window)
+    expected = given.expected()
+    np.testing.assert_allclose(given.found(implementation), expected, rtol=0, atol=TOLERANCES["float32"])
+    assert np.all(expected[0] == 0) and np.all(given.found(implementation)[0] == 0)
+    if 1 < window <= LONGEST:
+        narrower = replace(given, sliding_window=window - 1)
+        assert not matches(narrower, implementation, expected, "float32")
+    if window < LONGEST:
+        everything = replace(make("gqa"), sliding_window=window)
+        assert not matches(replace(everything, sliding_window=None), implementation, everything.expected(), "float32")
+
+
+@suite
+@kinds
+@pytest.mark.parametrize("heads", HEADS)
+def test_windows_of_other_shapes(implementation, make, heads):
+    """All kinds of heads, tables and lengths, in bfloat16; many lengths of one row in one batch."""
+    for seed in range(3):
+        given = make(heads, "bfloat16", seed=seed, sliding_window=PAGE + 3)
+        np.testing.assert_allclose(given.found(implementation), given.expected(), rtol=0, atol=TOLERANCES["bfloat16"])
+    every_length = problem(heads, [[last] for last in range(-1, LONGEST)], sliding_window=PAGE + 3)
+    np.testing.assert_allclose(
+        every_length.found(implementation), every_length.expected(), rtol=0, atol=TOLERANCES["float32"]
+    )
+
+
+@suite
+def test_queries_far_apart_leave_a_gap_between_their_windows(implementation):
+    given = problem("gqa", [[3, LONGEST - 1], [-1, PAGE], [LONGEST - 2, 0]], sliding_window=3)
+    np.testing.assert_allclose(given.found(implementation), given.expected(), rtol=0, atol=TOLERANCES["float32"])
+
+
+@pytest.mark.parametrize(
+    ("positions", "window", "pages"),
+    [
+        ([[LONGEST - 1], [0]], None, WIDTH),
+        ([[LONGEST - 1], [0]], LONGEST, WIDTH),
+        ([[LONGEST - 1], [0]], LONGEST - 1, WIDTH),
+        ([[LONGEST - 1], [0], [-1]], PAGE, 1),  # each row has its own first page
+        ([[LONGEST - 1], [0], [-1]], PAGE + 1, 2),
+        ([[LONGEST - 2], [PAGE - 1]], PAGE, 2),
+        ([[LONGEST - 1], [LONGEST - 1]], 1, 1),
+        ([[-1], [-1]], 1, 0),
+        ([[-1], [-1]], None, 0),
+        ([[LONGEST - 3, LONGEST - 2, LONGEST - 1, -1]], 2 * PAGE - 2, 2),  # padding does not count
+        ([[LONGEST - 3, LONGEST - 2, LONGEST - 1, -1]], 2 * PAGE - 1, 3),
+    ],
+)
+def test_only_pages_within_reach_are_visited(monkeypatch, positions, window, pages):
+    """The XLA implementation takes one trip per page: as many as the row with most of them to see."""
+    trips: list[int] = []
+    fori_loop = jax.lax.fori_loop
+
+    def counted(lower, upper, body, start):
+        trips.append(max(0, int(upper) - int(lower)))
+        return fori_loop(lower, upper, body, start)
+
+    monkeypatch.setattr(jax.lax, "fori_loop", counted)
+    given = problem("mqa", positions, sliding_window=window)
+    _, prefill = IMPLEMENTATIONS["api"]
+    arrays = (given.q, given.k_pages, given.v_pages, given.page_table, given.positions)
+    found = prefill(*map(jnp.asarray, arrays), layer=given.layer, sliding_window=window)
+    np.testing.assert_allclose(found, given.expected(), rtol=0, atol=TOLERANCES["float32"])
+    assert trips == [pages]
+
+
+@suite
 def test_padding_queries_give_zeros(implementation):
     given = several_queries_each("gqa")
     found = given.found(implementation)
@@ -213,7 +291,7 @@ def arguments(**changes) -> dict:
     }
     shapes |= {name: value for name, value in changes.items() if name in shapes}
     arrays = {name: jnp.zeros(shape, dtype) for name, (shape, dtype) in shapes.items()}
-    return arrays | {"layer": changes.get("layer", 0)}
+    return arrays | {"layer": changes.get("layer", 0), "sliding_window": changes.get("sliding_window")}
 
 
 @pytest.mark.parametrize(
@@ -229,6 +307,8 @@ def arguments(**changes) -> dict:
         ({"lengths": ((2,), jnp.int32)}, ["lengths", "[3]", "[2]"]),
         ({"layer": LAYERS}, ["layer", "0..2", "3"]),
         ({"layer": -1}, ["layer", "0..2", "-1"]),
+        ({"sliding_window": 0}, ["sliding_window", "at least 1", "got 0"]),
+        ({"sliding_window": -4}, ["sliding_window", "got -4"]),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(changes, parts):

@@ -1,6 +1,7 @@
 """What users and checkpoints may ask for: every bad value is refused by name."""
 
 import dataclasses
+import functools
 import json
 import math
 
@@ -183,9 +184,24 @@ def test_thresholds_that_do_not_fit_the_model(options, message):
     max_position=INTEGERS,
     rope_theta=[0, -1.0, NAN, INF],
     norm_eps=[0, 1, -1e-5, NAN],
+    sliding_window=[value for value in INTEGERS if value is not None],
 )
 def test_model_values_that_are_not_allowed(name, value):
     refused(model, name, value, also="ModelConfig.")
+
+
+@cases(sliding_from=[-1, 6, 1.5, True, None, "1"])
+def test_blocks_that_a_window_cannot_begin_with(name, value):
+    refused(functools.partial(model, sliding_window=8), name, value, also="ModelConfig.")
+
+
+def test_a_window_begins_with_some_block():
+    assert [model().window_of(block) for block in range(6)] == [None] * 6
+    assert [model(sliding_window=8).window_of(block) for block in range(6)] == [8] * 6
+    above = model(sliding_window=8, sliding_from=4, exits=ExitConfig((2, 4), "block"))
+    assert [above.window_of(block) for block in range(8)] == [None] * 4 + [8] * 2 + [None] * 2  # two are exits' own
+    with pytest.raises(ConfigError, match=r"sliding_from must lie in 0\.\.5, and be 0 without a sliding_window, got 2"):
+        model(sliding_from=2)
 
 
 @pytest.mark.parametrize("layers", [[6], [2, 7]])
@@ -194,7 +210,13 @@ def test_exits_behind_the_last_block_do_not_exist(layers):
         model(exits=ExitConfig(tuple(layers)))
 
 
-@cases(layers=[(0,), (-1,), (1.5,), (True,), ("2",), (4, 2), (2, 2)], head=["mixed", None, ""])
+@cases(
+    layers=[(0,), (-1,), (1.5,), (True,), ("2",), (4, 2), (2, 2)],
+    head=["mixed", None, ""],
+    norm=[0, None, "yes"],
+    tie_output=[1, None, "no"],
+    probes=[0, None, 0.5],
+)
 def test_exit_values_that_are_not_allowed(name, value):
     shown = value[0] if isinstance(value, tuple) and len(value) == 1 else value
     with pytest.raises(ConfigError) as caught:
@@ -207,6 +229,20 @@ def test_a_shared_head_has_no_output_matrix_of_its_own():
     with pytest.raises(ConfigError, match="tie_output"):
         ExitConfig((2,), head="shared", tie_output=False)
     assert not ExitConfig((2,), head="mlp", tie_output=False).tie_output
+
+
+def test_a_shared_head_reads_the_final_norm():
+    with pytest.raises(ConfigError, match="norm must be true"):
+        ExitConfig((2,), head="shared", norm=False)
+    for head in ("norm", "mlp", "block"):
+        assert not ExitConfig((2,), head, norm=False).norm
+
+
+def test_blocks_of_exits_are_cached_behind_the_network_s():
+    assert model().n_cached_blocks == model(exits=ExitConfig((2, 4), "mlp")).n_cached_blocks == 6
+    assert model(exits=ExitConfig((2, 4), "block")).n_cached_blocks == 8
+    assert model(exits=ExitConfig((), "block")).n_cached_blocks == 6
+    assert model(exits=ExitConfig((2, 4), "block")).exit_names == ("after_2", "after_4")
 
 
 @cases(
@@ -233,11 +269,23 @@ def test_other_exits_only_where_the_head_is_shared():
     assert own.with_exit_layers((4,)).exits == ExitConfig((4,), head="norm")
     with pytest.raises(ConfigError, match=r"no 'norm' exit head after blocks \[3\]; .*\(2, 4\)"):
         own.with_exit_layers((3, 4))
+    probed = model(exits=ExitConfig((2, 4), probes=True))
+    assert probed.with_exit_layers((2,)).exits == ExitConfig((2,), probes=True)
+    with pytest.raises(ConfigError, match=r"no exit probe after blocks \[5\]; .*\(2, 4\)"):
+        probed.with_exit_layers((4, 5))
 
 
 def test_a_model_survives_json():
     rope = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=32)
-    for config in (model(), model(rope_scaling=rope, exits=ExitConfig((1, 5), "mlp", False), qk_norm=True)):
+    for config in (
+        model(),
+        model(rope_scaling=rope, exits=ExitConfig((1, 5), "mlp", False), qk_norm=True),
+        model(
+            sliding_window=8,
+            sliding_from=2,
+            exits=ExitConfig((1, 5), "block", tie_output=False, norm=False, probes=True),
+        ),
+    ):
         assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from eejax.config import CacheConfig, EngineConfig, SchedulerConfig
+from eejax.config import CacheConfig, EngineConfig, ExitConfig, ModelConfig, SchedulerConfig
 from eejax.engine import Engine
 from eejax.params import DecayingThreshold, EarlyExitParams, SamplingParams
 from eejax.request import MicroBatch, Request, RequestOutput, Sequence
@@ -26,9 +26,9 @@ PAGES, PAGE, MAX_LEN, CHUNK = 16, 8, 32, 8
 NEVER = EarlyExitParams(1.0)  # asks every head, and no top probability reaches 1
 
 
-def config(num_pages: int = PAGES) -> EngineConfig:
+def config(num_pages: int = PAGES, model: ModelConfig = MODEL) -> EngineConfig:
     return EngineConfig(
-        model=MODEL,
+        model=model,
         cache=CacheConfig(num_pages, PAGE),
         scheduler=SchedulerConfig(max_num_seqs=3, max_chunk_steps=CHUNK),
         max_model_len=MAX_LEN,
@@ -88,17 +88,36 @@ def larger() -> Runner:
     return Runner(config(256 * PAGES), PARAMS)
 
 
+@pytest.fixture(scope="module")
+def windowed() -> tuple[Runner, Runner]:
+    """A model with sliding windows and blocks of exits' own, over a small and a large cache."""
+    model, params = random_model("everything_else", n_layers=3, exits=ExitConfig((1, 2), "block"))
+    return Runner(config(model=model), params), Runner(config(256 * PAGES, model), params)
+
+
 def cache_bytes(runner: Runner) -> int:
     return runner.cache.k.nbytes + runner.cache.v.nbytes
 
 
-def test_no_loop_was_made_a_single_threaded_kernel(runner):
+def test_no_loop_was_made_a_single_threaded_kernel(runner, windowed):
     # XLA:CPU marks such loops; the heads and the fill-in must not be among them (eejax/xla_flags.py).
-    assert "xla_cpu_small_call" not in runner.decode_program(2).as_text()
+    for one in (runner, windowed[0]):
+        assert "xla_cpu_small_call" not in one.decode_program(2).as_text()
 
 
 @pytest.mark.parametrize("kind", ["decode", "prefill"])
 def test_memory_does_not_grow_with_the_cache(runner, larger, kind):
+    assert_memory_does_not_grow_with_the_cache(runner, larger, kind)
+
+
+@pytest.mark.parametrize("kind", ["decode", "prefill"])
+def test_memory_does_not_grow_with_the_cache_of_windows_and_blocks_of_exits(windowed, kind):
+    runner, larger = windowed
+    assert runner.cache.k.shape[0] == runner.config.model.n_cached_blocks > runner.config.model.n_layers
+    assert_memory_does_not_grow_with_the_cache(runner, larger, kind)
+
+
+def assert_memory_does_not_grow_with_the_cache(runner: Runner, larger: Runner, kind: str) -> None:
     small, large = (
         (r.decode_program(2) if kind == "decode" else r._prefill_program(16)).memory_analysis()
         for r in (runner, larger)

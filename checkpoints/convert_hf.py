@@ -1,0 +1,266 @@
+"""Turn a Hugging Face folder into an eejax checkpoint, or back: `python checkpoints/convert_hf.py SOURCE TARGET`.
+
+Tensors pass one at a time: memory is needed for the largest two of them, not for the model. The target appears whole at
+the end; an interrupted run leaves nothing under its name.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
+
+from eejax import huggingface
+from eejax.config import ExitConfig, ExitHeadKind, ModelConfig, require
+from eejax.errors import CheckpointError, ConfigError, EejaxError
+from eejax.exit_heads import add_exits
+from eejax.huggingface.config import CONFIG_FILE, to_huggingface, write_config
+from eejax.huggingface.tensors import write_folder
+from eejax.huggingface.weight_map import write_leaves
+from eejax.llm import resolve_dtype
+from eejax.param_tree import LazyArray, leaves, rebuild
+from eejax.tokenizer import copy_tokenizer, has_tokenizer, load_tokenizer
+from eejax.weights import load_lazily, replacing_folder, write_checkpoint
+
+MAX_SHARD_BYTES = 4 * 2**30
+
+
+class Format(StrEnum):
+    """What the source is."""
+
+    HUGGINGFACE = "huggingface"
+    MEGATRON_EE = "megatron-ee"
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    dtype: str | None = None,
+    exit_layers: tuple[int, ...] | None = None,
+    exit_head: ExitHeadKind = "shared",
+    tie_exit_output: bool = True,
+    format: str = Format.HUGGINGFACE,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> ModelConfig:
+    """Write the model in `source` as an eejax checkpoint to `target`, tokenizer files included.
+
+    Args:
+        source: a Hugging Face folder, or one of EE-LLM's (`checkpoints.megatron_ee` says how it must look).
+        dtype: `float32`, `bfloat16` or `float16`; as stored when not given.
+        exit_layers: blocks after which exits stand. Of a model from EE-LLM, a subset of its own; all when not given.
+        exit_head: `shared`, `norm` or `mlp`; the last two begin as copies of what the shared head reads, to be trained.
+            Not for a model from EE-LLM, which brings its heads.
+        tie_exit_output: such heads share the LM head's matrix.
+        overwrite: replace a checkpoint that is there.
+        progress: show a bar on stderr.
+
+    Raises:
+        CheckpointError, ConfigError: the source is not as it must be, an option is not allowed, or the target exists.
+            Nothing is written then.
+    """
+    source, target = Path(source), Path(target)
+    _check_target(source, target, overwrite)
+    stored = None if dtype is None else resolve_dtype(dtype)
+    if format == Format.MEGATRON_EE:
+        from checkpoints import megatron_ee
+
+        require(
+            exit_head == "shared" and tie_exit_output,
+            "a model from EE-LLM brings its exit heads; exit_head is not for it",
+        )
+        config, params = megatron_ee.load_lazily(source, exit_layers)
+    else:
+        require(format == Format.HUGGINGFACE, f"format must be one of {', '.join(Format)}, got {format!r}")
+        config, params = huggingface.load_lazily(source)
+        exits = ExitConfig(exit_layers or (), exit_head, tie_output=tie_exit_output)
+        require(bool(exits.layers) or not exits.has_params, f"exit head {exit_head!r} needs exit layers")
+        config, params = add_exits(config, params, exits)
+    params = _cast(params, stored)
+    with replacing_folder(target) as folder, _counted(params, f"writing {target}", progress) as counted:
+        copy_tokenizer(source, folder)
+        write_checkpoint(folder, config, counted(params))
+    return config
+
+
+def reverse(
+    source: str | Path,
+    target: str | Path,
+    *,
+    dtype: str | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    drop_exits: bool = False,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> ModelConfig:
+    """Write an eejax checkpoint as a Hugging Face folder; the inverse of `convert`, to the bit.
+
+    Args:
+        max_shard_bytes: start another file beyond this.
+        drop_exits: leave out exit heads with parameters of their own, which the format cannot hold.
+
+    Raises:
+        CheckpointError, ConfigError: as `convert`; or the model has exit heads and `drop_exits` is false.
+    """
+    source, target = Path(source), Path(target)
+    _check_target(source, target, overwrite)
+    require(max_shard_bytes > 0, f"max_shard_bytes must be positive, got {max_shard_bytes}")
+    stored = None if dtype is None else resolve_dtype(dtype)
+    require(not huggingface.is_folder(source), f"{source} is a Hugging Face folder already")
+    config, params = load_lazily(source)
+    require(
+        drop_exits or not config.exits.has_params,
+        f"{source} has exits with parameters of their own, which a Hugging Face folder cannot hold: say drop_exits to "
+        "leave them out",
+    )
+    to_huggingface(config)  # refuses a model that no family has
+    by_name = dict(leaves(_cast(params, stored)))
+    tensors = write_leaves(config, by_name)
+    more: dict[str, Any] = {"torch_dtype": by_name["embedding"].dtype.name}
+    with replacing_folder(target) as folder, _counted(tensors, f"writing {target}", progress) as counted:
+        copy_tokenizer(source, folder)
+        if has_tokenizer(folder):
+            tokenizer = load_tokenizer(folder)
+            more |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+        write_config(folder, config, **more)
+        write_folder(folder, counted(tensors), max_shard_bytes)
+    return config
+
+
+def _cast(params: dict, dtype: Any) -> dict:
+    """The leaves as `dtype`, as they are for None. Reading one that does not fit raises `CheckpointError`."""
+
+    def cast(name: str, leaf: LazyArray) -> LazyArray:
+        if dtype is None or leaf.dtype == dtype:
+            return leaf
+
+        def read() -> np.ndarray:
+            array = leaf.read()
+            with np.errstate(over="ignore"):
+                found = array.astype(dtype)
+            if not np.array_equal(np.isfinite(array), np.isfinite(found)):
+                raise CheckpointError(f"{name} has values that {dtype} cannot hold (up to {np.abs(array).max():.3g})")
+            return found
+
+        return LazyArray(leaf.shape, np.dtype(dtype), read)
+
+    return rebuild(params, {name: cast(name, leaf) for name, leaf in leaves(params)})
+
+
+def _check_target(source: Path, target: Path, overwrite: bool) -> None:
+    require(source.resolve() != target.resolve(), f"source and target are the same folder: {target}")
+    require(source.resolve() not in target.resolve().parents, f"the target {target} lies inside the source")
+    require(target.resolve() not in source.resolve().parents, f"the source lies inside the target {target}")
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not (target / CONFIG_FILE).is_file():
+        raise CheckpointError(f"{target} exists and is no checkpoint; it is left as it is")
+    if not overwrite:
+        raise CheckpointError(f"{target} exists; say overwrite to replace it")
+
+
+@contextmanager
+def _counted(tree: dict, title: str, shown: bool) -> Iterator[Callable[[dict], dict]]:
+    """A bar over the bytes of a tree of lazy arrays, which advances as they are read."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
+        task = bar.add_task(title, total=sum(leaf.nbytes for leaf in jax.tree.leaves(tree)))
+
+        def counted(leaf: LazyArray) -> LazyArray:
+            def read() -> np.ndarray:
+                array = leaf.read()
+                bar.advance(task, array.nbytes)
+                return array
+
+            return LazyArray(leaf.shape, leaf.dtype, read)
+
+        yield lambda tree: jax.tree.map(counted, tree)
+
+
+def main(
+    source: Annotated[Path, typer.Argument(help="Folder to read.", show_default=False)],
+    target: Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)],
+    exit_layers: Annotated[
+        str | None, typer.Option(metavar="E[,E]", help="Blocks after which exits stand.", show_default=False)
+    ] = None,
+    exit_head: Annotated[
+        str, typer.Option(metavar="KIND", help="shared, norm or mlp; the last two are to be trained (tune-exits).")
+    ] = "shared",
+    untie_output: Annotated[
+        bool, typer.Option("--untie-output", help="Such heads get output matrices of their own.")
+    ] = False,
+    format: Annotated[Format, typer.Option(help="What the source is.")] = Format.HUGGINGFACE,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="NAME", help="float32, bfloat16 or float16; by default as stored.")
+    ] = None,
+    backwards: Annotated[bool, typer.Option("--reverse", help="From an eejax checkpoint to Hugging Face.")] = False,
+    max_shard_bytes: Annotated[int, typer.Option(help="With --reverse: size of a file at the most.")] = MAX_SHARD_BYTES,
+    drop_exits: Annotated[bool, typer.Option("--drop-exits", help="With --reverse: leave trained exits out.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")] = False,
+) -> None:
+    """Convert a Hugging Face folder (llama, mistral, qwen2, qwen3; safetensors) to an eejax checkpoint, or back."""
+    console = Console(stderr=True, highlight=False)
+    try:
+        layers = None if exit_layers is None else tuple(_integer(part) for part in exit_layers.split(","))
+        if backwards:
+            require(
+                layers is None and exit_head == "shared" and not untie_output, "exit options do not go with --reverse"
+            )
+            config = reverse(
+                source,
+                target,
+                dtype=dtype,
+                max_shard_bytes=max_shard_bytes,
+                drop_exits=drop_exits,
+                overwrite=overwrite,
+                progress=True,
+            )
+        else:
+            config = convert(
+                source,
+                target,
+                dtype=dtype,
+                exit_layers=layers,
+                exit_head=exit_head,  # pyright: ignore[reportArgumentType]  (ExitConfig checks it)
+                tie_exit_output=not untie_output,
+                format=format,
+                overwrite=overwrite,
+                progress=True,
+            )
+    except EejaxError as error:
+        console.print(f"error: {error}", style="bold red", markup=False, soft_wrap=True)
+        raise typer.Exit(2) from error
+    exits = (
+        f"exits after {', '.join(map(str, config.exits.layers))} ({config.exits.head})"
+        if config.exits.layers
+        else "no exits"
+    )
+    console.print(f"{target}: {config.n_layers} blocks, {exits}", soft_wrap=True)
+
+
+def _integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f"--exit-layers must be integers with commas between them, got {text!r}") from None
+
+
+if __name__ == "__main__":
+    sys.path.append(str(Path(__file__).parents[1]))  # for checkpoints.megatron_ee
+    typer.run(main)
