@@ -1,4 +1,4 @@
-"""The command line: `eejax generate`, `eejax info`, `eejax demo`. Flags carry the names of the fields they set.
+"""The command line: `eejax generate`, `info`, `demo`, `tune-exits`. Flags carry the names of the fields they set.
 
 jax is imported inside the commands, so that `--help` and a mistyped flag answer at once.
 """
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from eejax.cli_tuning import tune_exits
 from eejax.errors import ConfigError
 from eejax.params import DecayingThreshold, EarlyExitParams, SamplingParams
 from eejax.prompts import read_prompts
@@ -219,6 +220,9 @@ def demo(
         tour(
             llm, texts, prompts, SamplingParams(temperature=0.0, max_tokens=max_tokens, early_exit=early_exit), repeats
         )
+
+
+app.command("tune-exits")(tune_exits)
 
 
 def load(path: Path, **options: Any) -> LLM:

@@ -28,19 +28,11 @@ from eejax.param_tree import LazyArray, compare, leaves, rebuild, shapes
 
 CONFIG_FILE = "config.json"
 WEIGHTS_DIR = "weights"
+COMMIT_FILE = "commit_success.txt"
+"""Orbax notes in it where it was written; nobody reads that, and a checkpoint may travel."""
 DATA_FILE_BYTES = 8 * 2**20
 """Orbax starts another data file about here, so that no file of a small checkpoint is too large for git hosts."""
 BATCH_BYTES = 64 * 2**20
-COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
-"""What may lie beside the weights: all that `eejax.tokenizer` reads."""
 
 
 @contextmanager
@@ -97,14 +89,6 @@ def _handler() -> ocp.PyTreeCheckpointHandler:
     return ocp.PyTreeCheckpointHandler(use_ocdbt=True, type_handler_registry=registry)
 
 
-def copy_companions(source: Path, target: Path) -> list[str]:
-    """Copy the tokenizer's files from one checkpoint folder to another; returns the names of those there are."""
-    names = [name for name in COMPANIONS if (source / name).is_file()]
-    for name in names:
-        shutil.copyfile(source / name, target / name)
-    return names
-
-
 def save_tree(path: str | Path, tree: dict) -> None:
     """Write a nested dict of arrays, lazy ones among them, with Orbax to the new folder `path`."""
 
@@ -114,6 +98,7 @@ def save_tree(path: str | Path, tree: dict) -> None:
     args = ocp.args.PyTreeSave(jax.tree.map(lazy, _string_keys(tree)), ocdbt_target_data_file_size=DATA_FILE_BYTES)
     with ocp.Checkpointer(_handler()) as checkpointer:
         checkpointer.save(Path(path).absolute(), args=args)
+    (Path(path) / COMMIT_FILE).unlink(missing_ok=True)
 
 
 def load_tree(path: str | Path, like: dict, dtype: Any = None) -> dict:

@@ -85,6 +85,13 @@ def test_saving_replaces_the_folder(tmp_path: Path, params: dict) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["c"]
 
 
+def test_no_path_of_this_machine_is_written(tmp_path: Path, params: dict) -> None:
+    save_checkpoint(tmp_path / "checkpoint", CONFIG, params)
+    files = [file for file in (tmp_path / "checkpoint").rglob("*") if file.is_file()]
+    assert files
+    assert not any(str(tmp_path).encode() in file.read_bytes() for file in files)
+
+
 def test_an_error_while_writing_leaves_the_old_folder(tmp_path: Path, params: dict) -> None:
     save_checkpoint(tmp_path / "c", CONFIG, params)
     with pytest.raises(RuntimeError, match="full"), replacing_folder(tmp_path / "c") as folder:
