@@ -246,12 +246,11 @@ def main(
     except EejaxError as error:
         console.print(f"error: {error}", style="bold red", markup=False, soft_wrap=True)
         raise typer.Exit(2) from error
-    exits = (
-        f"exits after {', '.join(map(str, config.exits.layers))} ({config.exits.head})"
-        if config.exits.layers
-        else "no exits"
-    )
-    console.print(f"{target}: {config.n_layers} blocks, {exits}", soft_wrap=True)
+    layers = ", ".join(map(str, config.exits.layers))
+    exits = f"exits after {layers} ({config.exits.head})" if layers else "no exits"
+    left_out = f"; a Hugging Face folder knows no exits, those after {layers} are left out" if layers else ""
+    text = f"{target}: {config.n_layers} blocks{left_out if backwards else f', {exits}'}"
+    console.print(text, soft_wrap=True)
 
 
 def _integer(text: str) -> int:

@@ -81,7 +81,10 @@ def tune_exits(
         int | None,
         typer.Option(help="Tokens of a document that are read together.  [default: 512]", rich_help_panel=TRAINING),
     ] = None,
-    lr: Annotated[float, typer.Option(help="Peak of the learning rate.", rich_help_panel=TRAINING)] = 0.003,
+    lr: Annotated[
+        float,
+        typer.Option(help="Peak of the learning rate, relative to what is learnt.", rich_help_panel=TRAINING),
+    ] = 0.02,
     seed: Annotated[int, typer.Option(help="Of held-out documents and order.", rich_help_panel=TRAINING)] = 0,
     dtype: Annotated[
         str | None,

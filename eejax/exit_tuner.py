@@ -47,7 +47,7 @@ class TuningOptions:
     steps: int = 300
     batch_tokens: int = 4096
     seq_len: int | None = None
-    lr: float = 1e-2
+    lr: float = 0.02
     eval_share: float = 0.05
     seed: int = 0
 
@@ -123,16 +123,16 @@ class Tuner:
         self.heads, self.probes = jax.tree.map(rounded, (self.heads, self.probes))
 
     def _descend(self, name: str, loss: Loss, trained: dict, fixed: dict, batches: Iterator[dict]) -> dict:
-        optimiser = _optimiser(self.options, self.config.hidden_size)
+        rule = optimiser(self.options, self.config.hidden_size)
 
         def step(backbone: dict, fixed: dict, trained: dict, moments: Any, batch: dict) -> tuple[dict, Any, Any]:
             nats, grads = loss(self.config, backbone, trained, fixed, batch, self.chunk)
             with jax.numpy_dtype_promotion("standard"):  # optax raises floats to the power of an integer step count
-                updates, moments = optimiser.update(grads, moments, trained)
+                updates, moments = rule.update(grads, moments, trained)
             return jax.tree.map(jnp.add, trained, updates), moments, nats
 
         compiled = self._compiled(step, donate_argnums=(2, 3))
-        moments = optimiser.init(trained)
+        moments = rule.init(trained)
         with self._bar(f"tuning {name}", self.options.steps) as advance:
             for _, batch in zip(range(self.options.steps), batches, strict=False):
                 trained, moments, nats = compiled(self.backbone, fixed, trained, moments, batch)
@@ -206,7 +206,7 @@ def import_optax() -> Any:
     return optax
 
 
-def _optimiser(options: TuningOptions, hidden_size: int) -> Any:
+def optimiser(options: TuningOptions, hidden_size: int) -> Any:
     """Adam; a linear warm-up, then half a cosine to zero.
 
     Steps are relative to the size of each parameter, so that one rate suits gains near 1 as well as matrices, whatever

@@ -307,6 +307,7 @@ def test_the_command_line_there_and_back(tmp_path: Path, app: typer.Typer) -> No
     assert "drop_exits" in refused.stderr
     done = CliRunner().invoke(app, [target, back, "--reverse", "--drop-exits", "--max-shard-bytes", "30000"])
     assert done.exit_code == 0, done.stderr
+    assert "those after 1, 3 are left out" in done.stderr
     assert raw(tmp_path / "back") == raw(tmp_path / "hf")
 
 

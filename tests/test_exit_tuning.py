@@ -21,7 +21,7 @@ from eejax.cli_tuning import tune_exits as command
 from eejax.config import ExitConfig, ModelConfig
 from eejax.errors import ConfigError
 from eejax.exit_objective import head_loss, separated
-from eejax.exit_tuner import Tuner, TuningOptions
+from eejax.exit_tuner import Tuner, TuningOptions, optimiser
 from eejax.exit_tuning import REPORT_FILE, choose_exits, start_exits, tune_exits
 from eejax.model import bind
 from eejax.param_tree import leaves
@@ -29,6 +29,7 @@ from eejax.tokenizer import CONFIG_FILE, MODEL_FILE, load_tokenizer
 from eejax.tuning_data import pack
 from eejax.weights import load_checkpoint, load_lazily, save_checkpoint
 from tests.cases import random_params
+from tests.reference import Reference, softmax
 from tests.reference import generate as reference
 
 DEPTH = 3
@@ -259,14 +260,34 @@ def test_a_head_without_a_norm_is_tuned_without_one(home: Path, plain: Path, dat
         tune_exits(tmp_path / "bare", data, out=tmp_path / "more", exit_layers=(1, 2), options=QUICK)
 
 
-def test_more_than_a_row_of_padding_weighs_nothing(plain: Path) -> None:
-    """A batch of one document learns what a batch of that document and padding learns."""
+def test_bits_are_those_of_the_text_whatever_it_is_packed_with(plain: Path) -> None:
     model, params = load_checkpoint(plain)
     config = choose_exits(model, (2,), "norm", True, False)
-    tuner = Tuner(config, start_exits(config, model, params), QUICK)
-    document = load_tokenizer(plain).encode("one two three four")
-    both = [tuner.evaluate([np.asarray(document)] * count, 10 * count) for count in (1, 3)]
-    assert both[0]["full_depth"]["bits_per_byte"] == pytest.approx(both[1]["full_depth"]["bits_per_byte"], rel=1e-5)
+    params = start_exits(config, model, params)
+    tuner = Tuner(config, params, QUICK)
+    ids = np.asarray(load_tokenizer(plain).encode("one two three four"))
+    logits = Reference(config, params).full_depth(ids[:-1])
+    wanted = {point: -np.sum(np.log2(softmax(logits[point])[np.arange(len(ids) - 1), ids[1:]])) for point in (2, DEPTH)}
+    for count in (1, 3):
+        found = tuner.evaluate([ids] * count, 10 * count)
+        assert found["full_depth"]["bits_per_byte"] == pytest.approx(wanted[DEPTH] / 10, rel=1e-5)
+        assert found["exits"]["2"]["bits_per_byte"] == pytest.approx(wanted[2] / 10, rel=1e-5)
+
+
+def test_steps_are_relative_to_what_is_learnt() -> None:
+    """At the peak of the rate, for gains as well as for small and large matrices; zeros move as small matrices do."""
+    params = {
+        "norm": np.full(64, 3.0),
+        "large": np.full((4, 64), -0.5),
+        "small": np.full((4, 64), 0.01),
+        "probe": np.zeros(64),
+    }
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
+    rule = optimiser(TuningOptions(steps=1, lr=0.02), hidden_size=64)
+    with jax.numpy_dtype_promotion("standard"):
+        steps, _ = rule.update(jax.tree.map(jnp.ones_like, params), rule.init(params), params)
+    for name, size in {"norm": 3.0, "large": 0.5, "small": 0.125, "probe": 0.125}.items():
+        np.testing.assert_allclose(steps[name], -0.02 * size, rtol=1e-4)
 
 
 # -------------------------------------------------------------------------------------------------------- command line
@@ -374,9 +395,9 @@ def test_token_ids_beyond_the_model_are_refused(plain: Path, data: Path, tmp_pat
     assert "below 100" in found.stderr
 
 
-def test_without_optax_the_way_to_get_it_is_named(plain: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_optax_the_way_to_get_it_is_named_first(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "optax", None)
-    found = run(plain, "--data", data, "--out", plain.parent / "never")
+    found = run(plain, "--data", plain.parent / "none.txt", "--out", plain.parent / "never")
     assert found.exit_code == 2
     assert "pip install 'eejax[train]'" in found.stderr
 
