@@ -23,13 +23,13 @@ from eejax import huggingface
 from eejax.config import ExitConfig, ExitHeadKind, ModelConfig, require
 from eejax.errors import CheckpointError, ConfigError, EejaxError
 from eejax.exit_heads import add_exits
-from eejax.huggingface.config import CONFIG_FILE, to_huggingface, write_config
+from eejax.huggingface.config import to_huggingface, write_config
 from eejax.huggingface.tensors import write_folder
 from eejax.huggingface.weight_map import write_leaves
 from eejax.llm import resolve_dtype
 from eejax.param_tree import LazyArray, leaves, rebuild
 from eejax.tokenizer import copy_tokenizer, has_tokenizer, load_tokenizer
-from eejax.weights import load_lazily, replacing_folder, write_checkpoint
+from eejax.weights import check_target, load_lazily, replacing_folder, write_checkpoint
 
 MAX_SHARD_BYTES = 4 * 2**30
 
@@ -70,7 +70,7 @@ def convert(
             Nothing is written then.
     """
     source, target = Path(source), Path(target)
-    _check_target(source, target, overwrite)
+    check_target(source, target, overwrite)
     stored = None if dtype is None else resolve_dtype(dtype)
     if format == Format.MEGATRON_EE:
         from checkpoints import megatron_ee
@@ -113,7 +113,7 @@ def reverse(
         CheckpointError, ConfigError: as `convert`; or the model has exit heads and `drop_exits` is false.
     """
     source, target = Path(source), Path(target)
-    _check_target(source, target, overwrite)
+    check_target(source, target, overwrite)
     require(max_shard_bytes > 0, f"max_shard_bytes must be positive, got {max_shard_bytes}")
     stored = None if dtype is None else resolve_dtype(dtype)
     require(not huggingface.is_folder(source), f"{source} is a Hugging Face folder already")
@@ -155,18 +155,6 @@ def _cast(params: dict, dtype: Any) -> dict:
         return LazyArray(leaf.shape, np.dtype(dtype), read)
 
     return rebuild(params, {name: cast(name, leaf) for name, leaf in leaves(params)})
-
-
-def _check_target(source: Path, target: Path, overwrite: bool) -> None:
-    require(source.resolve() != target.resolve(), f"source and target are the same folder: {target}")
-    require(source.resolve() not in target.resolve().parents, f"the target {target} lies inside the source")
-    require(target.resolve() not in source.resolve().parents, f"the source lies inside the target {target}")
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return
-    if not (target / CONFIG_FILE).is_file():
-        raise CheckpointError(f"{target} exists and is no checkpoint; it is left as it is")
-    if not overwrite:
-        raise CheckpointError(f"{target} exists; say overwrite to replace it")
 
 
 @contextmanager

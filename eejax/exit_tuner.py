@@ -52,9 +52,9 @@ class TuningOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require_positive_int("tune-exits", batch_tokens=self.batch_tokens)
+        require_positive_int("TuningOptions", batch_tokens=self.batch_tokens)
         if self.seq_len is not None:
-            require_positive_int("tune-exits", seq_len=self.seq_len)
+            require_positive_int("TuningOptions", seq_len=self.seq_len)
             require(
                 self.seq_len <= self.batch_tokens,
                 f"batch_tokens ({self.batch_tokens}) must be at least seq_len ({self.seq_len})",
@@ -109,18 +109,19 @@ class Tuner:
         """The exits' parameters; empty where they have none."""
         return merged(self.heads, self.probes)
 
-    def train(self, documents: list[np.ndarray]) -> None:
-        """Tune the heads, then the probes over the heads as they have become."""
+    def train(self, documents: list[np.ndarray], stored: Any) -> None:
+        """Tune the heads, then the probes over the heads as they will be stored, in dtype `stored`.
+
+        Raises:
+            ConfigError: the learning rate was too high; the exits hold no numbers any more.
+        """
         batches = pack(shuffled_forever(documents, self.options.seed), *self.shape)
         if jax.tree.leaves(self.heads):
-            self.heads = self._descend("heads", head_loss, self.heads, self.probes, batches)
+            self.heads = _rounded(self._descend("heads", head_loss, self.heads, self.probes, batches), stored)
         if jax.tree.leaves(self.probes):
-            self.probes = self._descend("probes", probe_loss, self.probes, self.heads, batches)
-
-    def round_to(self, dtype: Any) -> None:
-        """Round the exits' parameters to the dtype that they will be stored in."""
-        rounded = lambda leaf: leaf.astype(dtype).astype(leaf.dtype)  # noqa: E731
-        self.heads, self.probes = jax.tree.map(rounded, (self.heads, self.probes))
+            self.probes = _rounded(self._descend("probes", probe_loss, self.probes, self.heads, batches), stored)
+        finite = all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(self.exits))
+        require(finite, f"tuning diverged; lr must be lower than {self.options.lr!r}")
 
     def _descend(self, name: str, loss: Loss, trained: dict, fixed: dict, batches: Iterator[dict]) -> dict:
         rule = optimiser(self.options, self.config.hidden_size)
@@ -195,6 +196,10 @@ class Tuner:
                 bar.update(task, advance=1, says=says)
 
             yield advance
+
+
+def _rounded(params: dict, dtype: Any) -> dict:
+    return jax.tree.map(lambda leaf: leaf.astype(dtype).astype(leaf.dtype), params)
 
 
 def import_optax() -> Any:

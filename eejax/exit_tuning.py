@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from rich.console import Console
 
 from eejax.config import ExitConfig, ExitHeadKind, ModelConfig, require, require_positive_int
 from eejax.exit_heads import add_exits
@@ -19,14 +21,7 @@ from eejax.model import param_shapes
 from eejax.param_tree import leaves, rebuild
 from eejax.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
 from eejax.tuning_data import hold_out, read_documents, text_bytes
-from eejax.weights import (
-    WEIGHTS_DIR,
-    load_checkpoint,
-    load_config,
-    load_lazily,
-    replacing_folder,
-    write_checkpoint,
-)
+from eejax.weights import check_target, load_checkpoint, load_config, load_lazily, replacing_folder, write_checkpoint
 
 REPORT_FILE = "exit_tuning.json"
 
@@ -55,7 +50,7 @@ def choose_exits(
         layers = old.layers or [layer for layer in quarters if 0 < layer < model.n_layers]
     require(bool(layers), f"a model of {model.n_layers} blocks has no place for an exit")
     for layer in layers:
-        require_positive_int("tune-exits", exit_layers=layer)
+        require_positive_int("ExitConfig", layers=layer)
     same = head == old.head and bool(old.layers)
     exits = ExitConfig(
         layers=tuple(sorted(set(layers))),
@@ -127,7 +122,7 @@ def tune_exits(
     if trains:
         import_optax()
         target = path.with_name(path.name + "-exits") if out is None else Path(out).resolve()
-        _check_target(path, target, overwrite)
+        check_target(path, target, overwrite)
     require(trains or out is None, "with steps 0 nothing is written, so out cannot be given")
     model = load_config(path)
     require(trains or not probes or model.exits.probes, "with steps 0 no probes are trained, and the model has none")
@@ -139,13 +134,14 @@ def tune_exits(
         f"{config.exits.head!r} exits without probes have nothing to tune; choose 'norm' or 'mlp', or tune probes",
     )
     tokenizer = load_tokenizer(path)
-    train = _documents(data, tokenizer, model)
-    if eval_data is None:
-        train, held_out = hold_out(train, options.eval_share, options.seed)
-    else:
-        held_out = _documents(eval_data, tokenizer, model)
-
-    tuner = Tuner(config, start_exits(config, *load_checkpoint(path, wanted)), options, progress)
+    with _status(f"reading {data}", progress):
+        train = _documents(data, tokenizer, model)
+        if eval_data is None:
+            train, held_out = hold_out(train, options.eval_share, options.seed)
+        else:
+            held_out = _documents(eval_data, tokenizer, model)
+    with _status(f"loading {path}", progress):
+        tuner = Tuner(config, start_exits(config, *load_checkpoint(path, wanted)), options, progress)
     n_bytes = text_bytes(held_out, tokenizer)
     before = tuner.evaluate(held_out, n_bytes, "evaluating before")
     if not model.exits.probes or config.exits.head != model.exits.head:
@@ -165,8 +161,7 @@ def tune_exits(
     if target is None:
         return report, None
     stored = {name: leaf for name, leaf in load_lazily(path)[1].items() if name != "exits"}
-    tuner.train(train)
-    tuner.round_to(stored["norm"].dtype)
+    tuner.train(train, stored["norm"].dtype)
     report["evaluation"]["after"] = tuner.evaluate(held_out, n_bytes, "evaluating after")
     exits = jax.tree.map(lambda leaf: leaf.astype(stored["norm"].dtype), tuner.exits)
     with replacing_folder(target) as folder:
@@ -176,15 +171,8 @@ def tune_exits(
     return report, target
 
 
-def _check_target(path: Path, target: Path, overwrite: bool) -> None:
-    """Refuse a target that would destroy something. Raises `ConfigError`."""
-    require(path != target, f"the new checkpoint cannot take the place of the old one: {target}")
-    require(path not in target.parents, f"the new checkpoint cannot lie inside the old one: {target}")
-    require(target not in path.parents, f"the new checkpoint cannot replace a folder that holds the old one: {target}")
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return
-    require((target / WEIGHTS_DIR).is_dir(), f"{target} exists and is no checkpoint; it is left as it is")
-    require(overwrite, f"{target} exists; give another --out, or --overwrite to replace it")
+def _status(says: str, shown: bool) -> AbstractContextManager:
+    return Console(stderr=True).status(says) if shown else nullcontext()
 
 
 def _documents(file: str | Path, tokenizer: Tokenizer, model: ModelConfig) -> list[np.ndarray]:

@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.future import Future
 
 from eejax import huggingface
-from eejax.config import ModelConfig
+from eejax.config import ModelConfig, require
 from eejax.errors import CheckpointError, ConfigError
 from eejax.model import param_shapes
 from eejax.param_tree import LazyArray, compare, leaves, rebuild, shapes
@@ -51,6 +51,23 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_target(source: Path, target: Path, overwrite: bool) -> None:
+    """Refuse to write a checkpoint made from `source` where it would destroy something.
+
+    Raises:
+        ConfigError: one folder lies in the other, or `target` holds something: other than a checkpoint, or a checkpoint
+            and `overwrite` is false.
+    """
+    one, other = source.resolve(), target.resolve()
+    require(one != other, f"source and target are the same folder: {target}")
+    require(one not in other.parents, f"the target {target} lies inside the source")
+    require(other not in one.parents, f"the source lies inside the target {target}")
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    require((target / CONFIG_FILE).is_file(), f"{target} exists and is no checkpoint; it is left as it is")
+    require(overwrite, f"{target} exists; give another folder, or say overwrite to replace it")
 
 
 class _LeafWriter(ocp.type_handlers.NumpyHandler):

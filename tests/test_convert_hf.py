@@ -185,7 +185,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, monkeypatch, after: i
 def test_a_target_that_exists_is_replaced_only_on_demand(tmp_path: Path) -> None:
     _, params = make_folder(tmp_path / "hf")
     save_checkpoint(tmp_path / "eejax", *random_model("mqa"))
-    with pytest.raises(CheckpointError, match="exists; say overwrite"):
+    with pytest.raises(ConfigError, match="exists; give another folder, or say overwrite"):
         convert(tmp_path / "hf", tmp_path / "eejax")
     assert load_config(tmp_path / "eejax") == random_model("mqa")[0]
     convert(tmp_path / "hf", tmp_path / "eejax", overwrite=True)
@@ -196,7 +196,7 @@ def test_a_folder_that_is_no_checkpoint_is_never_replaced(tmp_path: Path) -> Non
     make_folder(tmp_path / "hf")
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.tex").write_text("It was a dark and stormy night.")
-    with pytest.raises(CheckpointError, match="is no checkpoint; it is left as it is"):
+    with pytest.raises(ConfigError, match="is no checkpoint; it is left as it is"):
         convert(tmp_path / "hf", tmp_path / "thesis", overwrite=True)
     assert (tmp_path / "thesis" / "chapter1.tex").exists()
     (tmp_path / "empty").mkdir()

@@ -29,6 +29,7 @@ from eejax.tokenizer import CONFIG_FILE, MODEL_FILE, load_tokenizer
 from eejax.tuning_data import pack
 from eejax.weights import load_checkpoint, load_lazily, save_checkpoint
 from tests.cases import random_params
+from tests.hf_folders import make_folder, plain_config
 from tests.reference import Reference, softmax
 from tests.reference import generate as reference
 
@@ -260,6 +261,23 @@ def test_a_head_without_a_norm_is_tuned_without_one(home: Path, plain: Path, dat
         tune_exits(tmp_path / "bare", data, out=tmp_path / "more", exit_layers=(1, 2), options=QUICK)
 
 
+def test_a_hugging_face_folder_gets_exits_too(plain: Path, data: Path, tmp_path: Path) -> None:
+    vocabulary = load_tokenizer(plain).vocab_size
+    make_folder(tmp_path / "hf", plain_config(n_layers=2, vocab_size=vocabulary), dtype="bfloat16")
+    for name in (MODEL_FILE, CONFIG_FILE):
+        shutil.copyfile(plain / name, tmp_path / "hf" / name)
+    options = TuningOptions(steps=1, batch_tokens=64, seq_len=16)
+    _, folder = tune_exits(tmp_path / "hf", data, probes=False, options=options)
+    assert folder == tmp_path / "hf-exits"
+    before, after = by_name(tmp_path / "hf"), by_name(folder)
+    assert after.keys() - before.keys() == {"exits.after_1.norm"}
+    for name, leaf in before.items():
+        assert leaf.dtype == after[name].dtype == jnp.bfloat16
+        assert leaf.tobytes() == after[name].tobytes()
+    for text in ("one two", "<s>three four"):
+        assert load_tokenizer(folder).encode(text) == load_tokenizer(tmp_path / "hf").encode(text)
+
+
 def test_bits_are_those_of_the_text_whatever_it_is_packed_with(plain: Path) -> None:
     model, params = load_checkpoint(plain)
     config = choose_exits(model, (2,), "norm", True, False)
@@ -272,6 +290,25 @@ def test_bits_are_those_of_the_text_whatever_it_is_packed_with(plain: Path) -> N
         found = tuner.evaluate([ids] * count, 10 * count)
         assert found["full_depth"]["bits_per_byte"] == pytest.approx(wanted[DEPTH] / 10, rel=1e-5)
         assert found["exits"]["2"]["bits_per_byte"] == pytest.approx(wanted[2] / 10, rel=1e-5)
+
+
+def test_probes_are_trained_over_the_heads_that_are_saved(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, params = load_checkpoint(plain)
+    config = choose_exits(model, (2,))
+    tuner = Tuner(config, start_exits(config, model, params), QUICK)
+    seen = {}
+
+    def descend(self: Tuner, name: str, loss: object, trained: dict, fixed: dict, batches: object) -> dict:
+        seen[name] = fixed
+        return jax.tree.map(lambda leaf: leaf + 1e-3, trained)
+
+    monkeypatch.setattr(Tuner, "_descend", descend)
+    tuner.train([np.arange(9)], jnp.bfloat16)
+    assert list(seen) == ["heads", "probes"]
+    assert seen["probes"] is tuner.heads
+    for leaf in jax.tree.leaves(tuner.exits):
+        assert leaf.dtype == jnp.float32
+        np.testing.assert_array_equal(leaf, leaf.astype(jnp.bfloat16).astype(jnp.float32))
 
 
 def test_steps_are_relative_to_what_is_learnt() -> None:
@@ -325,7 +362,7 @@ def test_no_steps_only_evaluate(plain: Path, data: Path, monkeypatch: pytest.Mon
 BAD = {
     "head": (["--exit-head", "block"], ["'block' cannot be tuned", "'norm'"]),
     "unknown_head": (["--exit-head", "big"], ["shared, norm, mlp, block", "'big'"]),
-    "layer_0": (["--exit-layers", "0"], ["exit_layers must be an integer of at least 1", "0"]),
+    "layer_0": (["--exit-layers", "0"], ["ExitConfig.layers must be an integer of at least 1", "0"]),
     "layer_beyond": (["--exit-layers", "2,3"], ["[3] do not exist", "1 to 2"]),
     "layers": (["--exit-layers", "2;3"], ["--exit-layers must be integers", "2;3"]),
     "shared_untied": (["--exit-head", "shared", "--untie-output"], ["tie_output must be true"]),
@@ -346,12 +383,12 @@ BAD = {
     "one_document": (["--data", "{tmp}/one.txt"], ["1 document", "two"]),
     "zero_steps_out": (["--steps", "0", "--out", "{tmp}/x"], ["steps 0", "out cannot be given"]),
     "zero_steps_probes": (["--steps", "0", "--probes"], ["steps 0", "no probes are trained"]),
-    "out_is_path": (["--out", "{plain}"], ["cannot take the place", "{plain}"]),
-    "out_inside": (["--out", "{plain}/new"], ["cannot lie inside", "{plain}/new"]),
-    "out_around": (["--out", "{plain}/..", "--overwrite"], ["holds the old one"]),
+    "out_is_path": (["--out", "{plain}"], ["same folder", "{plain}"]),
+    "out_inside": (["--out", "{plain}/new"], ["{plain}/new lies inside the source"]),
+    "out_around": (["--out", "{plain}/..", "--overwrite"], ["source lies inside the target"]),
     "out_is_file": (["--out", "{tmp}/one.txt", "--overwrite"], ["{tmp}/one.txt exists and is no checkpoint"]),
     "out_no_checkpoint": (["--out", "{tmp}/full", "--overwrite"], ["{tmp}/full exists and is no checkpoint"]),
-    "out_exists": (["--out", "{tmp}/old"], ["{tmp}/old exists", "--overwrite"]),
+    "out_exists": (["--out", "{tmp}/old"], ["{tmp}/old exists", "overwrite"]),
 }
 
 
@@ -362,8 +399,9 @@ def test_what_cannot_be_is_refused_before_any_work(
     flags, parts = BAD[case]
     (tmp_path / "bad.jsonl").write_text('{"text": "fine here"}\n{"text": oops}\n')
     (tmp_path / "one.txt").write_text("only one paragraph")
-    for name in ("full/something", "old/weights"):
-        (tmp_path / name).mkdir(parents=True)
+    for name in ("full/something", "old/config.json"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("{}")
     before = sorted(tmp_path.rglob("*")) + sorted(plain.parent.iterdir())
     monkeypatch.setattr(exit_tuning, "load_checkpoint", lambda *_: pytest.fail("the weights were loaded"))
     flags = [flag.format(tmp=tmp_path, plain=plain) for flag in flags]
@@ -402,12 +440,21 @@ def test_without_optax_the_way_to_get_it_is_named_first(plain: Path, monkeypatch
     assert "pip install 'eejax[train]'" in found.stderr
 
 
+def test_a_rate_that_is_too_high_writes_nothing(plain: Path, data: Path) -> None:
+    flags = ["--exit-layers", 2, "--no-probes", "--steps", 3, "--batch-tokens", 64, "--seq-len", 16, "--lr", 1e30]
+    found = run(plain, "--data", data, "--out", plain.parent / "never", *flags)
+    assert found.exit_code == 2
+    assert "lr must be lower than 1e+30" in found.stderr
+    assert not (plain.parent / "never").exists()
+
+
 @pytest.mark.parametrize("where", ["train", "write"])
 def test_an_interruption_leaves_nothing_behind(
     where: str, plain: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = tmp_path / "old"
-    (old / "weights").mkdir(parents=True)
+    old.mkdir()
+    (old / "config.json").write_text("{}")
 
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -420,7 +467,7 @@ def test_an_interruption_leaves_nothing_behind(
         monkeypatch.setattr(exit_tuning, "write_checkpoint", interrupted)
     found = run(plain, "--data", data, "--out", old, "--overwrite")
     assert found.exit_code == 130
-    assert sorted(tmp_path.rglob("*")) == [old, old / "weights"]
+    assert sorted(tmp_path.rglob("*")) == [old, old / "config.json"]
     assert run(plain, "--data", data, "--out", tmp_path / "new").exit_code == 130
     assert sorted(tmp_path.iterdir()) == [old]
 
