@@ -10,6 +10,8 @@ from eejax.errors import EejaxError
 BENCHES = {
     "latency": "one batch: time to first token, time per output token, early exit against full depth",
     "convert": "a Hugging Face folder to a checkpoint and back: time, peak memory, copying beside it",
+    "schedule": "many requests under each scheduling policy: throughput, latency, waste, memory",
+    "simulate": "the scheduler against a model of the device: its error, and fleets that no machine here can run",
     "throughput": "many requests: requests and tokens per second, early exit against full depth",
 }
 

@@ -24,8 +24,8 @@ from bench.shapes import SHAPES, shape
 from eejax import LLM, EarlyExitParams
 from eejax.config import ModelConfig
 from eejax.errors import ConfigError
-from eejax.llm import DTYPES
 from eejax.model import count_params, init_params
+from eejax.options import DTYPES
 from eejax.request import PromptLike
 
 

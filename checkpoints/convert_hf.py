@@ -26,7 +26,7 @@ from eejax.exit_heads import add_exits
 from eejax.huggingface.config import to_huggingface, write_config
 from eejax.huggingface.tensors import write_folder
 from eejax.huggingface.weight_map import write_leaves
-from eejax.llm import resolve_dtype
+from eejax.options import resolve_dtype
 from eejax.param_tree import LazyArray, leaves, rebuild
 from eejax.tokenizer import copy_tokenizer, has_tokenizer, load_tokenizer
 from eejax.weights import check_target, load_lazily, replacing_folder, write_checkpoint

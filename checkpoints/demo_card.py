@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from eejax.config import ModelConfig
+from eejax.length_heads import HEADS_FILE, load_length_heads
+
 ATTRIBUTION = (
     "OpenAssistant Conversations (OASST1), LAION and contributors, Apache-2.0. English text via TurkuNLP/oasst-fi. "
     "Modified: filtered; train prompt/reply pairs inferred.",
@@ -38,6 +41,20 @@ def _share(at: dict[str, float]) -> str:
 
 def _megabytes(folder: Path) -> float:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
+
+
+def _lengths(folder: Path, model: ModelConfig) -> str:
+    """What is to be said of length heads, where `eejax train-length` has made some."""
+    heads = load_length_heads(folder, model)
+    if heads is None:
+        return ""
+    return f"""## Length heads
+
+`{HEADS_FILE}` predicts how long an answer will be, from the n-grams of the prompt and from its last
+hidden state. It was fitted by `eejax train-length` to the lengths of the model's own answers to
+{heads.about["training_prompts"]} prompts of the train splits of the instruction sets, sampled at several temperatures.
+
+"""
 
 
 def card(folder: Path, metrics: dict) -> str:
@@ -103,7 +120,7 @@ Joint loss over the exits, weighted {weights}. The target of an early exit is pa
 {t["distill"]:.0%}, the last exit's distribution, which raises agreement with full depth. Tokens of questions count
 {t["prompt_weight"]:g}, tokens of answers and of plain text 1.
 
-## Quality at each exit
+{_lengths(folder, ModelConfig.from_dict(m))}## Quality at each exit
 
 Bits per byte on the {split} split, lower is better. Only answers are scored, given their questions; plain text is
 scored whole.
@@ -118,7 +135,7 @@ split.
 
 {_table(agreement_head, agreement)}
 
-Every figure here was written by `checkpoints/train_demo.py` from `metrics.json`.
+The figures on quality and agreement were written by `checkpoints/train_demo.py` from `metrics.json`.
 """
 
 

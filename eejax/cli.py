@@ -1,6 +1,7 @@
-"""The command line: `eejax generate`, `info`, `demo`, `tune-exits`. Flags carry the names of the fields they set.
+"""The command line: `eejax generate`, `info`, `demo`, `tune-exits`, `train-length`.
 
-jax is imported inside the commands, so that `--help` and a mistyped flag answer at once.
+Flags carry the names of the fields they set. jax is imported inside the commands, so that `--help` and a mistyped flag
+answer at once.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from eejax.cli_length import train_length
 from eejax.cli_tuning import tune_exits
 from eejax.errors import ConfigError
 from eejax.params import DecayingThreshold, EarlyExitParams, SamplingParams
@@ -125,6 +127,9 @@ def generate(
         int | None, typer.Option(help="Pages of the KV cache.", rich_help_panel=ENGINE, show_default=False)
     ] = None,
     page_size: Annotated[int, typer.Option(help="Tokens in a page.", rich_help_panel=ENGINE)] = 64,
+    scheduler: Annotated[
+        str, typer.Option(help="fcfs, length or static.", metavar="POLICY", rich_help_panel=ENGINE)
+    ] = "fcfs",
 ) -> None:
     """Answer prompts."""
     with reported_errors():
@@ -155,6 +160,7 @@ def generate(
             num_pages=num_pages,
             page_size=page_size,
             exit_layers=integers("--exit-layers", exit_layers),
+            scheduler=scheduler,
         )
         if params.early_exit is not None:
             params.early_exit.thresholds_for(llm.config.model)  # wrong for one prompt, wrong for all
@@ -223,6 +229,7 @@ def demo(
 
 
 app.command("tune-exits")(tune_exits)
+app.command("train-length")(train_length)
 
 
 def load(path: Path, **options: Any) -> LLM:

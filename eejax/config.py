@@ -12,6 +12,8 @@ from typing import Any, Literal, Self, get_args
 from eejax.errors import ConfigError
 
 ExitHeadKind = Literal["shared", "norm", "mlp", "block"]
+PolicyName = Literal["fcfs", "length", "static"]
+PredictorName = Literal["prompt", "hidden", "perception", "constant"]
 
 MIN_PREFILL_BUCKET = 16
 
@@ -274,6 +276,7 @@ class CacheConfig:
         require_positive_int("CacheConfig", num_pages=self.num_pages, page_size=self.page_size)
 
 
+@named_options
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
     """How requests are admitted and how long the device runs between two decisions.
@@ -283,11 +286,25 @@ class SchedulerConfig:
         max_chunk_steps: decode steps in one device call at the most.
         max_prefill_tokens: prompt tokens prefilled between two decode chunks, so that running rows do not stall.
             A single longer prompt is still taken whole.
+        policy: `fcfs` (continuous batching in order of arrival), `length` (continuous batching in micro-batches of
+            similar predicted length) or `static` (a batch runs until its last answer ends; a baseline).
+        predictor: what tells the length of an answer: `prompt`, `hidden`, `perception` or `constant`; when None, the
+            best that the checkpoint has a head for.
+        window: waiting requests, in order of arrival, among which `length` chooses.
+        quantile: of the predicted length; `length` promises a request its pages up to there.
+        max_wait: how far a request can be overtaken, in its own expected lengths: nobody who comes later than
+            `max_wait` times a request's expected answer (in decode steps) is ever put before it. 0 is first come, first
+            served.
     """
 
     max_num_seqs: int = 32
     max_chunk_steps: int = 16
     max_prefill_tokens: int = 2048
+    policy: PolicyName = "fcfs"
+    predictor: PredictorName | None = None
+    window: int = 1024
+    quantile: float = 0.5
+    max_wait: float = 16.0
 
     def __post_init__(self) -> None:
         require_positive_int(
@@ -295,6 +312,23 @@ class SchedulerConfig:
             max_num_seqs=self.max_num_seqs,
             max_chunk_steps=self.max_chunk_steps,
             max_prefill_tokens=self.max_prefill_tokens,
+            window=self.window,
+        )
+        policies, predictors = get_args(PolicyName), get_args(PredictorName)
+        require(
+            self.policy in policies, f"SchedulerConfig.policy must be one of {', '.join(policies)}, got {self.policy!r}"
+        )
+        require(
+            self.predictor is None or self.predictor in predictors,
+            f"SchedulerConfig.predictor must be one of {', '.join(predictors)}, or None, got {self.predictor!r}",
+        )
+        require(
+            is_number(self.quantile) and 0 < self.quantile < 1,
+            f"SchedulerConfig.quantile must be a number between 0 and 1, got {self.quantile!r}",
+        )
+        require(
+            is_number(self.max_wait) and 0 <= self.max_wait < math.inf,
+            f"SchedulerConfig.max_wait must be a number of at least 0, got {self.max_wait!r}",
         )
 
 

@@ -3,62 +3,35 @@
 from __future__ import annotations
 
 import itertools
+import math
+import time
 from collections.abc import Collection
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
-from typing import Protocol
 
-from eejax.config import EngineConfig
+from eejax.config import EngineConfig, SchedulerConfig, require
 from eejax.detokenizer import Detokenizer
-from eejax.errors import CapacityError, InvalidRequestError, TokenizerError
+from eejax.engine_stats import EngineStats
+from eejax.errors import InvalidRequestError
+from eejax.intake import Intake, TextCodec
+from eejax.length_predictor import QUESTION_TOKENS, ConstantPredictor, LengthPredictor
+from eejax.lengths import LengthEstimate
 from eejax.page_allocator import PageAllocator
 from eejax.params import SamplingParams
-from eejax.request import CompletionOutput, PromptLike, Request, RequestMetrics, RequestOutput, Sequence
+from eejax.policy import Policy
+from eejax.request import (
+    CompletionOutput,
+    FinishReason,
+    MicroBatch,
+    PromptLike,
+    Request,
+    RequestMetrics,
+    RequestOutput,
+    Sequence,
+    StepResult,
+)
 from eejax.runner import Runner
 from eejax.scheduler import Scheduler
-
-
-class TextCodec(Protocol):
-    """What the engine needs of a tokenizer."""
-
-    bos_id: int | None
-    cleans_up: bool
-
-    def encode(self, text: str, add_bos: bool = True) -> list[int]:
-        """Text to token ids."""
-        ...
-
-    def decode(self, ids: list[int], skip_special: bool = True) -> str:
-        """Token ids to text."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """Counts since the engine started, and its present load.
-
-    Attributes:
-        tokens: answer tokens produced; `prompt_tokens` were prefilled (again after a preemption).
-        steps: decode steps; one step is one token for every row of a micro-batch.
-        blocks_run: blocks executed for whole batches while decoding; at full depth it would be `blocks_full_depth`.
-        token_blocks: blocks that the decoded tokens themselves ran, summed over tokens.
-        heads_run: vocabulary projections executed while decoding.
-        compilations: programs that XLA compiled; those found in the compilation cache do not count.
-    """
-
-    tokens: int
-    prompt_tokens: int
-    steps: int
-    blocks_run: int
-    blocks_full_depth: int
-    token_blocks: int
-    heads_run: int
-    compilations: int
-    preemptions: int
-    requests_running: int
-    requests_waiting: int
-    pages_in_use: int
-    num_pages: int
+from eejax.step_cost import Rows, StepCost
 
 
 class Engine:
@@ -68,23 +41,71 @@ class Engine:
         params: the model's parameters (nested dict, `eejax.model.init_params` gives the form).
         tokenizer: needed for text prompts, stop strings and text output.
         eos_ids: tokens that end an answer unless the request ignores them.
+        predictor: what tells the length of answers to the scheduler; by default nothing does.
+        policy: instead of the one that `config.scheduler` names.
     """
 
     def __init__(
-        self, config: EngineConfig, params: dict, tokenizer: TextCodec | None = None, eos_ids: Collection[int] = ()
+        self,
+        config: EngineConfig,
+        params: dict,
+        tokenizer: TextCodec | None = None,
+        eos_ids: Collection[int] = (),
+        *,
+        predictor: LengthPredictor | None = None,
+        policy: Policy | None = None,
     ) -> None:
         self.config = config
         self.tokenizer = tokenizer
         self.eos_ids = frozenset(eos_ids)
-        self.allocator = PageAllocator(config.cache.num_pages)
-        self.scheduler = Scheduler(config.scheduler, self.allocator, page_size=config.cache.page_size)
         self.runner = Runner(config, params)
         self._requests: dict[str, Request] = {}
         self._detokenizers: dict[Sequence, Detokenizer] = {}
+        self._questions: dict[Sequence, Request] = {}  # asked of the model -> the request that waits for its answer
         self._numbers = itertools.count()
-        self._counts = dict.fromkeys(
-            ("tokens", "prompt_tokens", "steps", "blocks_run", "blocks_full_depth", "token_blocks", "heads_run"), 0
+        self._step_cost = StepCost()
+        self._buckets_seen: set[int] = set()
+        self._reset(config.scheduler, policy, predictor, config.cache.num_pages)
+
+    def reschedule(
+        self,
+        config: SchedulerConfig,
+        *,
+        predictor: LengthPredictor | None = None,
+        policy: Policy | None = None,
+        num_pages: int | None = None,
+    ) -> None:
+        """Schedule otherwise from now on, over the same weights, cache and compiled programs; counts start anew.
+
+        Args:
+            config: `max_chunk_steps` must be the one that decoding was compiled for.
+            num_pages: pages to use of the cache; all of them when None.
+
+        Raises:
+            RuntimeError: requests are unfinished.
+            ConfigError: the cache has fewer pages, or decoding was compiled for another `max_chunk_steps`.
+        """
+        if self._requests:
+            raise RuntimeError(f"{len(self._requests)} requests are unfinished")
+        have, steps = self.config.cache.num_pages, self.config.scheduler.max_chunk_steps
+        require(num_pages is None or 1 <= num_pages <= have, f"num_pages must lie in 1..{have}, got {num_pages!r}")
+        require(
+            config.max_chunk_steps == steps,
+            f"decoding was compiled for max_chunk_steps {steps}, got {config.max_chunk_steps}",
         )
+        self._reset(config, policy, predictor, num_pages or have)
+
+    def _reset(
+        self, config: SchedulerConfig, policy: Policy | None, predictor: LengthPredictor | None, num_pages: int
+    ) -> None:
+        self.allocator = PageAllocator(num_pages)
+        self.scheduler = Scheduler(
+            config, self.allocator, page_size=self.config.cache.page_size, policy=policy, cost=self._step_cost
+        )
+        self._predictor = predictor or ConstantPredictor(None)
+        names = ("tokens", "prompt_tokens", "steps", "blocks_run", "blocks_full_depth", "token_blocks", "heads_run")
+        self._counts = dict.fromkeys((*names, "row_steps"), 0)
+        self._schedule_seconds = 0.0
 
     @property
     def has_unfinished(self) -> bool:
@@ -96,7 +117,14 @@ class Engine:
         return request_id in self._requests
 
     def add_request(
-        self, prompt: PromptLike, params: SamplingParams, request_id: str | None = None, *, text: str | None = None
+        self,
+        prompt: PromptLike,
+        params: SamplingParams,
+        request_id: str | None = None,
+        *,
+        text: str | None = None,
+        priority: int = 0,
+        deadline: float | None = None,
     ) -> str:
         """Queue a request and return its id.
 
@@ -104,18 +132,29 @@ class Engine:
             prompt: text, or `{"prompt_token_ids": [...]}`. A text that spells BOS itself gets no second one.
             request_id: must not be in use; numbered when not given.
             text: what token ids were made from, for `RequestOutput.prompt`.
+            priority: requests of a lower number go first, whatever their length.
+            deadline: seconds from now; what is unfinished then ends with what it has, as `deadline`. One that is
+                already past (0 or less) is reported by the next step, and nothing is run for it.
 
         Raises:
             InvalidRequestError: the prompt or its parameters do not fit this model; nothing was queued.
             CapacityError: the request could not run even with the whole cache to itself.
         """
         number = next(self._numbers)
-        request = self._validated(prompt, params, request_id or f"request-{number}", number, text)
+        request_id = request_id or f"request-{number}"
+        if request_id in self._requests:
+            raise InvalidRequestError(f"request id {request_id!r} is in use")
+        intake = Intake(self.config, self.tokenizer, self.eos_ids, self.allocator.num_pages)
+        request = intake.request(
+            prompt, params, request_id=request_id, number=number, text=text, priority=priority, deadline=deadline
+        )
+        _estimate(request.sequences, self._predictor.predict(request.prompt_token_ids, request.max_tokens))
         self._requests[request.request_id] = request
         if self.tokenizer is not None:
             for seq in request.sequences:
                 self._detokenizers[seq] = Detokenizer(self.tokenizer, tuple(params.stop))
-        self.scheduler.add(request.sequences)
+        if not self._ask(request):
+            self.scheduler.add(request.sequences)
         return request.request_id
 
     def abort(self, request_id: str) -> RequestOutput:
@@ -126,13 +165,7 @@ class Engine:
         """
         if request_id not in self._requests:
             raise InvalidRequestError(f"request {request_id!r} is not waiting or running")
-        request = self._requests[request_id]
-        for seq in request.sequences:
-            if seq.finish_reason is None:
-                self.scheduler.finish(seq, "abort")
-                if seq in self._detokenizers:
-                    self._detokenizers[seq].finish()
-        return self._output(request)
+        return self._end(self._requests[request_id], "abort")
 
     def step(self, max_steps: int | None = None) -> list[RequestOutput]:
         """Run one micro-batch. Returns the requests that got tokens or finished, with everything they have so far.
@@ -140,102 +173,120 @@ class Engine:
         Args:
             max_steps: decode steps at the most, below what the scheduler would choose.
         """
+        ended = self._end_overdue()
+        zero = time.perf_counter()
         batch = self.scheduler.schedule(max_steps)
         if batch is None:
-            return []
+            return ended
+        called = time.perf_counter()
         prefilled = sum(seq.prefill_length - seq.num_cached for seq in batch.rows) if batch.kind == "prefill" else 0
         known = [len(seq.output_token_ids) for seq in batch.rows]
-        result = self.runner.run(batch)
+        result = self.runner.run(batch, wants_hidden=self._predictor.needs_hidden)
+        returned = time.perf_counter()
         self.scheduler.update(batch, result)
+        self._schedule_seconds += called - zero + time.perf_counter() - returned
+        self._learn(batch, result, returned - called)
         touched: dict[str, Request] = {}
         for seq, before in zip(batch.rows, known, strict=True):
+            self._counts["token_blocks"] += sum(seq.exit_layers[before:]) if batch.kind == "decode" else 0
+            if seq in self._questions:
+                self._understand(seq)
+                continue
             touched[seq.request.request_id] = seq.request
             self._detokenize(seq, seq.output_token_ids[before:])
             self._counts["tokens"] += len(seq.output_token_ids) - before
-            self._counts["token_blocks"] += sum(seq.exit_layers[before:]) if batch.kind == "decode" else 0
         self._counts["prompt_tokens"] += prefilled
         self._counts["steps"] += result.steps
         self._counts["blocks_run"] += result.blocks_run
         self._counts["blocks_full_depth"] += result.steps * self.config.model.n_layers
         self._counts["heads_run"] += result.heads_run
-        return [self._output(request) for request in touched.values()]
+        self._counts["row_steps"] += result.row_steps
+        return ended + [self._output(request) for request in touched.values()]
 
     def stats(self) -> EngineStats:
         """Counts since the start and present load."""
         return EngineStats(
             **self._counts,
             compilations=self.runner.compilations,
+            schedule_seconds=self._schedule_seconds,
             preemptions=self.scheduler.num_preemptions,
+            parkings=self.scheduler.num_parkings,
             requests_running=self.scheduler.num_running,
             requests_waiting=self.scheduler.num_waiting,
             pages_in_use=self.allocator.num_used,
-            num_pages=self.config.cache.num_pages,
+            num_pages=self.allocator.num_pages,
         )
 
-    def _validated(
-        self, prompt: PromptLike, params: SamplingParams, request_id: str, number: int, text: str | None
-    ) -> Request:
-        model, limit = self.config.model, self.config.max_model_len
-        if not isinstance(params, SamplingParams):
-            raise InvalidRequestError(f"sampling parameters must be SamplingParams, got {params!r}")
-        if request_id in self._requests:
-            raise InvalidRequestError(f"request id {request_id!r} is in use")
-        if params.stop and self.tokenizer is None:
-            raise InvalidRequestError(f"stop strings {list(params.stop)} need a tokenizer, and this engine has none")
-        bad = [token for token in params.stop_token_ids if token >= model.vocab_size]
-        if bad:
-            raise InvalidRequestError(f"stop_token_ids {bad} are outside the vocabulary (0..{model.vocab_size - 1})")
-        ids = self._token_ids(prompt)
-        if len(ids) >= limit:
-            raise InvalidRequestError(
-                f"the prompt has {len(ids)} tokens; at most {limit - 1} fit, as max_model_len is {limit} "
-                "and an answer needs one"
-            )
-        max_tokens = min(params.max_tokens or limit, limit - len(ids))
-        needed = self.scheduler.pages_needed(len(ids), max_tokens)
-        if needed > self.config.cache.num_pages:
-            raise CapacityError(
-                f"{len(ids)} prompt tokens and {max_tokens} answer tokens need {needed} pages of "
-                f"{self.config.cache.page_size} tokens; the cache has {self.config.cache.num_pages}"
-            )
-        thresholds = params.early_exit.thresholds_for(model) if params.early_exit else ()
-        ends = frozenset() if params.ignore_eos else self.eos_ids
-        return Request(
-            request_id=request_id,
-            prompt=prompt if isinstance(prompt, str) else text,
-            prompt_token_ids=ids,
-            params=params,
-            max_tokens=max_tokens,
-            thresholds=thresholds or (float("inf"),) * len(model.exits.layers),
-            stop_token_ids=ends.union(params.stop_token_ids),
-            seed=(self.config.seed + number) % 2**32 if params.seed is None else params.seed,
+    def _ask(self, request: Request) -> bool:
+        """Ask the model how long the answer will be, if the predictor wants that and it fits; the request waits."""
+        question = self._predictor.question(request.prompt_token_ids)
+        limit = min(self.config.max_model_len, self.allocator.num_pages * self.config.cache.page_size)
+        if question is None or self.tokenizer is None or len(question) + QUESTION_TOKENS > limit:
+            return False
+        asked = Request(
+            request_id=f"length of {request.request_id}",
+            prompt=None,
+            prompt_token_ids=tuple(question),
+            params=SamplingParams(temperature=0.0, max_tokens=QUESTION_TOKENS),
+            max_tokens=QUESTION_TOKENS,
+            thresholds=(math.inf,) * len(self.config.model.exits.layers),
+            stop_token_ids=self.eos_ids,
+            seed=0,
+            priority=request.priority,
         )
+        self._questions[asked.sequences[0]] = request
+        self.scheduler.add(asked.sequences)
+        return True
 
-    def _token_ids(self, prompt: PromptLike) -> tuple[int, ...]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise InvalidRequestError("a text prompt needs a tokenizer; give {'prompt_token_ids': [...]} instead")
-            if not prompt:
-                raise InvalidRequestError("the prompt is empty")
-            try:
-                ids: Seq[int] = self.tokenizer.encode(prompt, add_bos=False)
-                if list(ids[:1]) != [self.tokenizer.bos_id]:
-                    ids = self.tokenizer.encode(prompt)
-            except TokenizerError as error:
-                raise InvalidRequestError(f"the prompt cannot be tokenised: {error}") from error
-        elif isinstance(prompt, dict) and set(prompt) == {"prompt_token_ids"}:
-            ids = prompt["prompt_token_ids"]
-        else:
-            raise InvalidRequestError(f"a prompt must be text or {{'prompt_token_ids': [...]}}, got {prompt!r:.200}")
-        if not isinstance(ids, list | tuple) or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-            raise InvalidRequestError(f"prompt_token_ids must be a list of integers, got {ids!r:.200}")
-        if not ids:
-            raise InvalidRequestError("the prompt is empty")
-        vocabulary = self.config.model.vocab_size
-        bad = [i for i in ids if not 0 <= i < vocabulary]
-        if bad:
-            raise InvalidRequestError(f"token ids {bad[:8]} are outside the vocabulary (0..{vocabulary - 1})")
-        return tuple(ids)
+    def _understand(self, asked: Sequence) -> None:
+        """When the model has said how long an answer will be, queue the request itself."""
+        if asked.finish_reason is None:
+            return
+        request = self._questions.pop(asked)
+        text = self.tokenizer.decode(asked.output_token_ids) if self.tokenizer else ""
+        estimate = self._predictor.understand(text, request.max_tokens)
+        if estimate is not None:
+            _estimate(request.sequences, estimate)
+        self.scheduler.add(request.sequences)
+
+    def _learn(self, batch: MicroBatch, result: StepResult, seconds: float) -> None:
+        """Better estimates of lengths after prefill, and of what a step costs after decoding."""
+        if batch.kind == "prefill":
+            for seq, row in zip(batch.rows, result.rows, strict=True):
+                if row.hidden is not None and seq.estimate is not None:
+                    _estimate([seq], self._predictor.refine(seq.estimate, row.hidden, seq.request.max_tokens))
+            return
+        if not result.steps:
+            return
+        bucket = result.row_steps // result.steps
+        longest = max(seq.num_tokens for seq in batch.rows)
+        depth = result.blocks_run / (result.steps * self.config.model.n_layers)
+        if bucket in self._buckets_seen:  # the first call of a bucket may have compiled it
+            pages = -(-longest // self.config.cache.page_size)
+            self._step_cost.observe(Rows(bucket, pages, (depth,)), seconds / result.steps)
+        self._buckets_seen.add(bucket)
+
+    def _end_overdue(self) -> list[RequestOutput]:
+        """End the requests whose deadline has passed."""
+        now = time.monotonic()
+        late = [one for one in self._requests.values() if one.deadline is not None and one.deadline <= now]
+        return [self._end(request, "deadline") for request in late]
+
+    def _end(self, request: Request, reason: FinishReason) -> RequestOutput:
+        """End what is unfinished of a request, wherever it stands."""
+        asked = next((seq for seq, waiting in self._questions.items() if waiting is request), None)
+        if asked is not None:
+            self.scheduler.finish(asked, reason)
+            del self._questions[asked]
+        for seq in request.sequences:
+            if seq.finish_reason is None:
+                if asked is None:
+                    self.scheduler.finish(seq, reason)
+                else:  # the scheduler does not know it yet
+                    seq.finish(reason)
+                if seq in self._detokenizers:
+                    self._detokenizers[seq].finish()
+        return self._output(request)
 
     def _detokenize(self, seq: Sequence, new: Seq[int]) -> None:
         """Turn new tokens into text; a completed stop string ends the sequence there."""
@@ -278,5 +329,13 @@ class Engine:
             first_token_time=min(firsts, default=None),
             finish_time=max(lasts) if finished else None,
             preemptions=sum(seq.preemptions for seq in request.sequences),
+            parkings=sum(seq.parkings for seq in request.sequences),
         )
         return RequestOutput(request.request_id, request.prompt, request.prompt_token_ids, outputs, finished, metrics)
+
+
+def _estimate(sequences: Seq[Sequence], estimate: LengthEstimate) -> None:
+    """Take over what a predictor said, made sane: lengths from 1 to the request's limit."""
+    for seq in sequences:
+        seq.estimate = LengthEstimate.of(estimate.quantiles, seq.request.max_tokens)
+        seq.promised_tokens = 0  # so that the policy looks at it

@@ -16,8 +16,8 @@ from rich.console import Console
 from eejax.config import ExitConfig, ExitHeadKind, ModelConfig, require, require_positive_int
 from eejax.exit_heads import add_exits
 from eejax.exit_tuner import Tuner, TuningOptions, import_optax
-from eejax.llm import resolve_dtype
 from eejax.model import param_shapes
+from eejax.options import resolve_dtype
 from eejax.param_tree import leaves, rebuild
 from eejax.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
 from eejax.tuning_data import hold_out, read_documents, text_bytes

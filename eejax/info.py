@@ -11,8 +11,9 @@ from rich.table import Table
 
 from eejax.config import CacheConfig
 from eejax.kv_cache import page_bytes
-from eejax.llm import resolve_dtype
+from eejax.length_heads import load_length_heads
 from eejax.model import count_params, param_shapes
+from eejax.options import resolve_dtype
 from eejax.tokenizer import load_end_tokens, load_tokenizer
 from eejax.weights import load_lazily
 
@@ -36,6 +37,7 @@ def describe(path: Path, dtype: str | None, page_size: int) -> dict[str, Any]:
     shapes = param_shapes(model)
     total = count_params(shapes)
     tokenizer = load_tokenizer(path)
+    lengths = load_length_heads(path, model)
     return {
         "path": str(path),
         "model": model.to_dict(),
@@ -52,6 +54,7 @@ def describe(path: Path, dtype: str | None, page_size: int) -> dict[str, Any]:
         "served_bytes": total * served.itemsize,
         "exit_layers": list(model.exits.layers),
         "exit_head": model.exits.head,
+        "length_heads": None if lengths is None else dict(lengths.about),
         "tokenizer": {
             "kind": type(tokenizer).__name__,
             "vocab_size": tokenizer.vocab_size,
@@ -99,6 +102,7 @@ def print_description(found: dict[str, Any]) -> None:
         "served": f"{found['served_dtype']}, {size(found['served_bytes'])}",
         "tokenizer": f"{tokenizer['kind']}, {tokenizer['vocab_size']} ids, BOS {tokenizer['bos_id']}, "
         f"end {ends}, {'a' if tokenizer['chat_template'] else 'no'} chat template",
+        "length heads": "none" if found["length_heads"] is None else "prompt, hidden",
         "KV page": f"{page['page_size']} tokens, {size(page['bytes'])}; {size(page['bytes_per_token'])} a token, "
         f"{size(page['bytes_longest_sequence'])} for the longest sequence",
     }

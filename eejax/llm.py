@@ -8,40 +8,27 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self, TypedDict, Unpack
+from typing import Any, Self, Unpack
 
 import jax
 import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from eejax.config import (
-    CacheConfig,
-    EngineConfig,
-    ModelConfig,
-    SchedulerConfig,
-    named_options,
-    require,
-    require_positive_int,
-)
+from eejax.config import CacheConfig, EngineConfig, ModelConfig, PolicyName, SchedulerConfig, named_options
 from eejax.engine import Engine, EngineStats
-from eejax.errors import ConfigError, InvalidRequestError
-from eejax.kv_cache import page_bytes
+from eejax.errors import InvalidRequestError
+from eejax.length_predictor import LengthPredictor
+from eejax.options import Options, check, choose_predictor, default_num_pages, resolve_dtype, scheduler_config
 from eejax.params import SamplingParams
 from eejax.request import FinishReason, PromptLike, RequestOutput
-from eejax.runner import default_dtype
 from eejax.tokenizer import Message, Tokenizer, chat_prompt, has_tokenizer, load_end_tokens, load_tokenizer
 from eejax.weights import load_checkpoint
 
 log = logging.getLogger(__name__)
 
-DTYPES = ("float32", "bfloat16", "float16")
 STREAM_STEPS = 4
 """Decode steps between two looks at a streamed answer: few, so that text flows; more than one, to spare the host."""
-CPU_CACHE_BYTES = 2**30
-"""Default ceiling of the KV cache on CPU, where nothing says how much memory is free for it."""
-GPU_CACHE_SHARE = 0.8
-"""Share of the GPU memory that is free after loading which the KV cache takes by default, at the most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,17 +44,6 @@ class StreamDelta:
     finish_reason: FinishReason | None
 
 
-class Options(TypedDict, total=False):
-    """Options of `LLM` beside path and dtype; `LLM` says what they mean."""
-
-    max_model_len: int | None
-    max_num_seqs: int
-    num_pages: int | None
-    page_size: int
-    exit_layers: Seq[int] | None
-    seed: int
-
-
 @named_options
 class LLM:
     """A model ready to answer.
@@ -77,12 +53,14 @@ class LLM:
             tokenizer in it, prompts must be token ids.
         dtype: `float32`, `bfloat16` or `float16`; by default float32 on CPU and bfloat16 elsewhere.
         max_model_len: tokens of prompt and answer together; the model's own limit by default.
-        max_num_seqs: sequences decoded together at the most.
+        max_num_seqs: sequences decoded together at the most (32).
         num_pages: pages of the KV cache; by default enough for `max_num_seqs` sequences of `max_model_len` tokens, as
             far as memory allows (1 GiB on CPU).
         page_size: tokens per page.
         exit_layers: replaces the checkpoint's own exits. With `shared` heads any block can be one, else a subset.
         seed: seeds requests that bring no seed.
+        scheduler: a policy (`fcfs`, `length` or `static`), or a `SchedulerConfig`.
+        length_predictor: an object that tells lengths, instead of the one that the scheduler's configuration names.
 
     Raises:
         CheckpointError, TokenizerError: the folder is not a usable checkpoint.
@@ -95,11 +73,13 @@ class LLM:
         *,
         dtype: str | None = None,
         max_model_len: int | None = None,
-        max_num_seqs: int = 32,
+        max_num_seqs: int | None = None,
         num_pages: int | None = None,
         page_size: int = 64,
         exit_layers: Seq[int] | None = None,
         seed: int = 0,
+        scheduler: PolicyName | SchedulerConfig | None = None,
+        length_predictor: LengthPredictor | None = None,
     ) -> None:
         options = Options(
             max_model_len=max_model_len,
@@ -108,13 +88,16 @@ class LLM:
             page_size=page_size,
             exit_layers=exit_layers,
             seed=seed,
+            scheduler=scheduler,
+            length_predictor=length_predictor,
         )
         wanted = resolve_dtype(dtype)
-        _check(options)  # before anything is loaded
+        check(options)  # before anything is loaded
         folder = Path(path)
         tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None
+        predictor = choose_predictor(options, folder, tokenizer)
         model, params = load_checkpoint(folder, dtype=wanted)
-        self._build(model, params, tokenizer, load_end_tokens(folder, tokenizer), options)
+        self._build(model, params, tokenizer, load_end_tokens(folder, tokenizer), options, predictor)
 
     @classmethod
     def from_params(
@@ -134,10 +117,10 @@ class LLM:
         """
         llm = cls.__new__(cls)
         wanted = resolve_dtype(dtype)
-        _check(options)
+        check(options)
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, wanted), params)
         eos_ids = () if eos_id is None else (eos_id,) if isinstance(eos_id, int) else eos_id
-        llm._build(model, params, tokenizer, eos_ids, options)
+        llm._build(model, params, tokenizer, eos_ids, options, choose_predictor(options, None, tokenizer))
         return llm
 
     def _build(
@@ -147,6 +130,7 @@ class LLM:
         tokenizer: Tokenizer | None,
         eos_ids: Collection[int],
         options: Options,
+        predictor: LengthPredictor,
     ) -> None:
         exit_layers = options.get("exit_layers")
         if exit_layers is not None:
@@ -155,11 +139,11 @@ class LLM:
                 params = {**params, "exits": {name: params["exits"][name] for name in model.exit_names}}
         max_model_len = options.get("max_model_len")
         length = model.max_position if max_model_len is None else max_model_len
-        scheduler = SchedulerConfig(max_num_seqs=options.get("max_num_seqs", 32))
+        scheduler = scheduler_config(options)
         page_size, num_pages = options.get("page_size", 64), options.get("num_pages")
         if num_pages is None:
             itemsize = jax.tree.leaves(params)[0].dtype.itemsize
-            num_pages = _default_num_pages(model, length, scheduler.max_num_seqs, page_size, itemsize)
+            num_pages = default_num_pages(model, length, scheduler.max_num_seqs, page_size, itemsize)
         self.config = EngineConfig(
             model=model,
             cache=CacheConfig(num_pages=num_pages, page_size=page_size),
@@ -168,7 +152,7 @@ class LLM:
             seed=options.get("seed", 0),
         )
         self.tokenizer = tokenizer
-        self.engine = Engine(self.config, params, tokenizer, eos_ids)
+        self.engine = Engine(self.config, params, tokenizer, eos_ids, predictor=predictor)
         self._news: dict[str, RequestOutput | None] = {}  # of open streams: the latest output that was not passed on
 
     def generate(
@@ -177,6 +161,8 @@ class LLM:
         sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        priority: int | Seq[int] = 0,
+        deadline: float | Seq[float | None] | None = None,
     ) -> list[RequestOutput]:
         """Answer prompts; the outputs come in the order of the prompts.
 
@@ -184,6 +170,9 @@ class LLM:
             prompts: text or `{"prompt_token_ids": [...]}`, one or a list.
             sampling_params: one for all, or one per prompt; `SamplingParams()` when not given.
             use_tqdm: show a progress bar on stderr.
+            priority: lower numbers go first, whatever their length; one for all, or one per prompt.
+            deadline: seconds from now, one for all or one per prompt. An answer that is unfinished then ends as it is,
+                with the finish reason `deadline`; one whose deadline is past (0 or less) is not begun.
 
         Returns:
             One `RequestOutput` per prompt. In a list, a prompt that cannot be served has its `error` set and no
@@ -198,7 +187,7 @@ class LLM:
             raise InvalidRequestError(f"prompts must be text, {{'prompt_token_ids': [...]}} or a list, got {prompts!r}")
         items: list[PromptLike] = [prompts] if single else list(prompts)  # pyright: ignore[reportAssignmentType]
         texts = [prompt if isinstance(prompt, str) else None for prompt in items]
-        return self._answer(items, texts, sampling_params, single, use_tqdm)
+        return self._answer(items, texts, sampling_params, priority, deadline, single, use_tqdm)
 
     def chat(
         self,
@@ -206,6 +195,8 @@ class LLM:
         sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        priority: int | Seq[int] = 0,
+        deadline: float | Seq[float | None] | None = None,
         add_generation_prompt: bool = True,
         chat_template_kwargs: Mapping[str, object] | None = None,
     ) -> list[RequestOutput]:
@@ -217,6 +208,7 @@ class LLM:
             messages: one conversation, `[{"role": "user", "content": ...}, ...]`, or a list of conversations.
             sampling_params: one for all, or one per conversation; `SamplingParams()` when not given.
             use_tqdm: show a progress bar on stderr.
+            priority, deadline: as for `generate`.
             add_generation_prompt: end the prompt with the words that open an answer.
             chat_template_kwargs: more for the template, `tools` and `documents` for instance.
 
@@ -243,26 +235,34 @@ class LLM:
             except InvalidRequestError as error:
                 prompts.append(error)
             texts.append(text)
-        return self._answer(prompts, texts, sampling_params, single, use_tqdm)
+        return self._answer(prompts, texts, sampling_params, priority, deadline, single, use_tqdm)
 
     def _answer(
         self,
         items: Seq[PromptLike | InvalidRequestError],
         texts: Seq[str | None],
         sampling_params: SamplingParams | Seq[SamplingParams] | None,
+        priority: int | Seq[int],
+        deadline: float | Seq[float | None] | None,
         single: bool,
         use_tqdm: bool,
     ) -> list[RequestOutput]:
         """Answer prompts, some of which may have been refused already; `texts` is what they say, where it is known."""
-        params = self._params_per_prompt(sampling_params, len(items))
+        wanted = SamplingParams() if sampling_params is None else sampling_params
+        if not isinstance(wanted, SamplingParams | list | tuple):
+            raise InvalidRequestError(f"sampling parameters must be SamplingParams or a list of them, got {wanted!r}")
+        params = _per_prompt("sampling parameters", wanted, len(items))
+        priorities = _per_prompt("priorities", priority, len(items))
+        deadlines = _per_prompt("deadlines", deadline, len(items))
         outputs: dict[str, RequestOutput] = {}
         ids: list[str] = []
         try:
-            for number, (prompt, text, one) in enumerate(zip(items, texts, params, strict=True)):
+            together = zip(items, texts, params, priorities, deadlines, strict=True)
+            for number, (prompt, text, one, rank, due) in enumerate(together):
                 try:
                     if isinstance(prompt, InvalidRequestError):
                         raise prompt
-                    ids.append(self.engine.add_request(prompt, one, text=text))
+                    ids.append(self.engine.add_request(prompt, one, text=text, priority=rank, deadline=due))
                 except InvalidRequestError as error:
                     if single:
                         raise
@@ -333,32 +333,14 @@ class LLM:
             if self.engine.is_unfinished(request):
                 self.engine.abort(request)
 
-    @staticmethod
-    def _params_per_prompt(given: SamplingParams | Seq[SamplingParams] | None, count: int) -> list[SamplingParams]:
-        if given is None:
-            return [SamplingParams()] * count
-        if isinstance(given, SamplingParams):
-            return [given] * count
-        if not isinstance(given, list | tuple):
-            raise InvalidRequestError(f"sampling parameters must be SamplingParams or a list of them, got {given!r}")
-        if len(given) != count:
-            raise InvalidRequestError(f"{len(given)} sampling parameters for {count} prompts: give one, or one each")
-        return list(given)
 
-
-def _check(options: Options) -> None:
-    """Refuse options that no model could be loaded with."""
-    names = Options.__annotations__
-    unknown = sorted(set(options) - set(names))
-    require(not unknown, f"LLM has no option {', '.join(unknown)}; allowed: {', '.join(names)}")
-    exit_layers = options.get("exit_layers")
-    require(
-        exit_layers is None or isinstance(exit_layers, list | tuple),
-        f"LLM.exit_layers must be a list of block numbers, got {exit_layers!r}",
-    )
-    for name in ("max_model_len", "num_pages", "max_num_seqs", "page_size"):
-        if (value := options.get(name)) is not None:
-            require_positive_int("LLM", **{name: value})
+def _per_prompt(what: str, given: Any, count: int) -> list[Any]:
+    """One of `given` for each prompt, whether it was one for all or one each."""
+    if not isinstance(given, list | tuple):
+        return [given] * count
+    if len(given) != count:
+        raise InvalidRequestError(f"{len(given)} {what} for {count} prompts: give one, or one each")
+    return list(given)
 
 
 def _progress(shown: bool) -> Progress:
@@ -371,21 +353,3 @@ def _progress(shown: bool) -> Progress:
         disable=not shown,
         transient=True,
     )
-
-
-def resolve_dtype(name: str | None) -> jnp.dtype:
-    """The dtype called `name`, the device's default for None. Raises `ConfigError` for one that is not served."""
-    if name is None:
-        return default_dtype()
-    if name not in DTYPES:
-        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
-    return jnp.dtype(name)
-
-
-def _default_num_pages(model: ModelConfig, length: int, max_num_seqs: int, page_size: int, itemsize: int) -> int:
-    """Pages for full slots of full length, as far as memory allows, and never fewer than one sequence needs."""
-    per_seq = -(-length // page_size)
-    stats = jax.devices()[0].memory_stats() or {}
-    free = GPU_CACHE_SHARE * (stats["bytes_limit"] - stats["bytes_in_use"]) if "bytes_limit" in stats else None
-    affordable = int((CPU_CACHE_BYTES if free is None else free) // page_bytes(model, page_size, itemsize))
-    return max(per_seq, min(per_seq * max_num_seqs, affordable))

@@ -17,6 +17,14 @@ class PageError(EejaxError, RuntimeError):
     """Pages were handled wrongly: freed twice, never allocated, or counted differently from what their owners hold."""
 
 
+def pages_needed(prompt_len: int, max_tokens: int, page_size: int) -> int:
+    """Pages that a sequence of this size takes at its longest. The last answer token is never an input: no KV.
+
+    What needs more pages than the cache has must not be given to a scheduler.
+    """
+    return -(-(prompt_len + max_tokens - 1) // page_size)
+
+
 class PageAllocator:
     """Hands out pages `0..num_pages-1`, each with a count of the sequences that refer to it.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from eejax import sampling
 from eejax.config import ModelConfig
@@ -32,7 +32,7 @@ def prefill(
     start: Int[Array, ""],
     length: Int[Array, ""],
     wants_token: Bool[Array, ""],
-) -> tuple[PagedKVCache, Int[Array, " 1"], TokenLogprobs]:
+) -> tuple[PagedKVCache, Int[Array, " 1"], TokenLogprobs, Float[Array, " D"]]:
     """Write K and V of one row's tokens `start .. start + length - 1`, whose predecessors are in the cache already.
 
     Args:
@@ -44,7 +44,8 @@ def prefill(
         wants_token: choose the row's first answer token from the last one's logits.
 
     Returns:
-        The cache; the token (0 unless wanted); its log-probabilities (zeros unless the row asks for them).
+        The cache; the token (0 unless wanted); its log-probabilities (zeros unless the row asks for them); what the
+        last block put out for the last token, before the final norm.
     """
     model = bind(config, params)
     count = tokens.shape[0]
@@ -87,4 +88,4 @@ def prefill(
         return token, report
 
     token, report = run_if(wants_token, choose, (jnp.zeros(1, jnp.int32), no_logprobs))
-    return cache, token, report
+    return cache, token, report, x[:, 0]

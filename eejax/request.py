@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections import Counter
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+
 from eejax.errors import EejaxError
+from eejax.lengths import LengthEstimate
 from eejax.params import SamplingParams
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "deadline"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +28,13 @@ class Logprob:
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """A validated request. `max_tokens` is already cut to what the model's length allows."""
+    """A validated request. `max_tokens` is already cut to what the model's length allows.
+
+    Attributes:
+        thresholds: one per exit, infinite where no token may leave; `may_leave` somewhere.
+        priority: requests of a lower number go first.
+        deadline: on the monotonic clock, in seconds; what is not finished then ends as it is.
+    """
 
     request_id: str
     prompt: str | None
@@ -33,10 +44,14 @@ class Request:
     thresholds: tuple[float, ...]
     stop_token_ids: frozenset[int]
     seed: int
+    priority: int = 0
+    deadline: float | None = None
     arrival_time: float = field(default_factory=time.monotonic)
     sequences: list[Sequence] = field(default_factory=list)
+    may_leave: bool = field(init=False)
 
     def __post_init__(self) -> None:
+        self.may_leave = any(threshold < math.inf for threshold in self.thresholds)
         self.sequences = [Sequence(self, index) for index in range(self.params.n)]
 
     @property
@@ -51,8 +66,14 @@ class Sequence:
 
     Attributes:
         exit_layers: blocks run for each answer token; the first comes from prefill, at full depth.
+        exit_counts: how many of the decoded tokens left at which layer.
         pages: physical pages in order of position; this sequence holds one reference to each.
         num_cached: leading tokens whose K and V are in the cache.
+        number: order of arrival at the scheduler; `arrival` is its clock then, in decode steps.
+        estimate: how long the answer will be, as far as a predictor knows.
+        expected_tokens, promised_tokens: of the answer, by the estimate or its tail: the mean, and what pages are
+            promised for. The `length` policy keeps them here.
+        parkings: how often it held pages and was left out of the next chunk after having been in one.
     """
 
     request: Request
@@ -60,9 +81,16 @@ class Sequence:
     output_token_ids: list[int] = field(default_factory=list)
     exit_layers: list[int] = field(default_factory=list)
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    exit_counts: Counter[int] = field(default_factory=Counter)
     pages: list[int] = field(default_factory=list)
     num_cached: int = 0
     finish_reason: FinishReason | None = None
+    number: int = 0
+    arrival: int = 0
+    estimate: LengthEstimate | None = None
+    expected_tokens: float = 0.0
+    promised_tokens: int = 0
+    parkings: int = 0
     preemptions: int = 0
     first_token_time: float | None = None
     finish_time: float | None = None
@@ -98,7 +126,9 @@ class Sequence:
 
     def append(self, token: int, exit_layer: int, logprobs: dict[int, Logprob] | None) -> None:
         """Take over one answer token and set the finish reason that token ids and counts alone decide."""
-        if not self.output_token_ids:
+        if self.output_token_ids:
+            self.exit_counts[exit_layer] += 1
+        else:
             self.first_token_time = time.monotonic()
         self.output_token_ids.append(token)
         self.exit_layers.append(exit_layer)
@@ -112,6 +142,7 @@ class Sequence:
     def truncate(self, length: int) -> None:
         """Forget answer tokens behind the first `length`."""
         del self.output_token_ids[length:], self.exit_layers[length:], self.logprobs[length:]
+        self.exit_counts = Counter(self.exit_layers[1:])
 
     def finish(self, reason: FinishReason) -> None:
         """Set the finish reason and time."""
@@ -126,21 +157,28 @@ class MicroBatch:
     Attributes:
         n_steps: decode steps at the most; every row has pages for that many more tokens.
         yield_on_free: hand back control as soon as a row finishes, because somebody waits for its slot.
+        width: rows that the device computes at least; a static batch computes those that are done along.
     """
 
     kind: Literal["prefill", "decode"]
     rows: tuple[Sequence, ...]
     n_steps: int = 0
     yield_on_free: bool = False
+    width: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class RowResult:
-    """New tokens of one row of a micro-batch, in order; `logprobs` is empty unless the request asked for them."""
+    """New tokens of one row of a micro-batch, in order; `logprobs` is empty unless the request asked for them.
+
+    Attributes:
+        hidden: `[hidden_size]`, the last block's output for the last prompt token; of a fresh prefill alone.
+    """
 
     token_ids: tuple[int, ...]
     exit_layers: tuple[int, ...]
     logprobs: tuple[dict[int, Logprob], ...] = ()
+    hidden: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,12 +189,14 @@ class StepResult:
         steps: decode steps run (0 for prefill).
         blocks_run: blocks executed for the batch as a whole.
         heads_run: vocabulary projections executed.
+        row_steps: rows that the device computed in each decode step, padding included, summed over steps.
     """
 
     rows: tuple[RowResult, ...]
     steps: int = 0
     blocks_run: int = 0
     heads_run: int = 0
+    row_steps: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +207,7 @@ class RequestMetrics:
     first_token_time: float | None
     finish_time: float | None
     preemptions: int
+    parkings: int = 0
 
     @property
     def latency(self) -> float | None:

@@ -126,10 +126,14 @@ class Runner:
         for bucket in self.decode_buckets:
             self.decode_program(bucket)
 
-    def run(self, batch: MicroBatch) -> StepResult:
-        """Run one micro-batch to its end; the only wait for the device is the copy of its results."""
+    def run(self, batch: MicroBatch, wants_hidden: bool = False) -> StepResult:
+        """Run one micro-batch to its end; the only wait for the device is the copy of its results.
+
+        Args:
+            wants_hidden: of fresh prefills, also the last prompt token's hidden state (`RowResult.hidden`), float32.
+        """
         if batch.kind == "prefill":
-            return StepResult(rows=tuple(self._prefill(seq) for seq in batch.rows))
+            return StepResult(rows=tuple(self._prefill(seq, wants_hidden) for seq in batch.rows))
         return self._decode(batch)
 
     def decode_program(self, bucket: int) -> jax.stages.Compiled:
@@ -154,13 +158,13 @@ class Runner:
 
         return self._compiled.get("prefill", bucket, lower)
 
-    def _prefill(self, seq: Sequence) -> RowResult:
+    def _prefill(self, seq: Sequence, wants_hidden: bool) -> RowResult:
         """Positions `num_cached .. prefill_length - 1` of one sequence, in chunks; a fresh one gets its first token."""
         all_tokens, all_depths = seq.prefill_tokens(self.config.model.n_layers)
         end, chunk = seq.prefill_length, self.prefill_buckets[-1]
         rows = self._rows((seq,), 1)
         fresh = not seq.output_token_ids
-        token, report = None, None
+        token, report, hidden = None, None, None
         for start in range(seq.num_cached, end, chunk):
             length = min(chunk, end - start)
             bucket = bucket_of(length, MIN_PREFILL_BUCKET)
@@ -168,7 +172,7 @@ class Runner:
             tokens[:length] = all_tokens[start : start + length]
             depths[:length] = all_depths[start : start + length]
             wants_token = np.bool_(fresh and start + length == end)
-            self.cache, token, report = self._prefill_program(bucket)(
+            self.cache, token, report, hidden = self._prefill_program(bucket)(
                 self.params, self.cache, rows, tokens, depths, np.int32(start), np.int32(length), wants_token
             )
         if not fresh or token is None or report is None:
@@ -176,11 +180,12 @@ class Runner:
         chosen = int(np.asarray(token)[0])
         wanted = seq.request.params.logprobs
         logprobs = () if wanted is None else (_logprobs(jax.device_get(report), chosen, 0, wanted),)
-        return RowResult((chosen,), (self.config.model.n_layers,), logprobs)
+        state = np.asarray(hidden).astype(np.float32) if wants_hidden else None
+        return RowResult((chosen,), (self.config.model.n_layers,), logprobs, state)
 
     def _decode(self, batch: MicroBatch) -> StepResult:
         count, height = len(batch.rows), self.config.scheduler.max_chunk_steps
-        bucket = bucket_of(count)
+        bucket = bucket_of(max(count, batch.width))
         self.cache, out = self.decode_program(bucket)(
             self.params,
             self.cache,
@@ -203,7 +208,7 @@ class Runner:
                 at = [jax.tree.map(lambda leaf, i=i: leaf[i], report) for i in range(used)]
                 logprobs = tuple(_logprobs(one, token, row, top) for one, token in zip(at, ids, strict=True))
             results.append(RowResult(ids, tuple(depths[:used, row].tolist()), logprobs))
-        return StepResult(tuple(results), steps=steps, blocks_run=blocks, heads_run=heads)
+        return StepResult(tuple(results), steps=steps, blocks_run=blocks, heads_run=heads, row_steps=bucket * steps)
 
     def _rows(self, seqs: Seq[Sequence], bucket: int) -> Rows:
         """Per-row parameters as arrays; rows behind `seqs` are padding."""

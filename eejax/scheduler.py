@@ -1,44 +1,41 @@
 """Who is prefilled and who decodes next, and where their KV lies. No jax here.
 
-Continuous batching at the level of iterations: sequences join and leave between any two device calls. Two things are
-kept true between calls, and everything else follows from them:
+Scheduling at the level of iterations: sequences join and leave between any two device calls. Two things are kept true
+between calls, and everything else follows from them:
 
-* `running` followed by `waiting` is the order of arrival. Running sequences hold pages and a slot, waiting
-  ones neither.
-* A running sequence has all its tokens but the last in the cache; the last is the input of its next decode step.
+* Held sequences have pages, waiting ones have none.
+* A held sequence has all its tokens but the last in the cache; the last is the input of its next decode step.
 
-Progress. The youngest running sequence gives way first, so the oldest gives way only to itself, that is never: alone it
-fits, for the engine refuses what could not. So every decode batch brings the oldest sequence at least one token, a
-prefill batch is followed by a decode batch unless nothing is left to decode, and tokens are finite: all work ends.
-Moreover a sequence is admitted only when every running row, and itself, has pages for a whole chunk, and that chunk
-comes next: nobody is prefilled and thrown out again without a token, so two sequences cannot take turns evicting each
-other for nothing.
+Who comes first, who may join, who decodes and who gives way is the policy's to say (`eejax.policy`).
+
+Progress. Every decode batch brings at least one row a token, a prefill batch is followed by a decode batch unless
+nothing is left to decode (or, where the policy fills first, once nobody may join any more), and tokens are finite: all
+work ends. A sequence alone fits, for the engine refuses what could not. Moreover a sequence is admitted only when all
+held rows, and itself, have pages for a whole chunk: nobody is prefilled and thrown out again without a chance of a
+token, so two sequences cannot take turns evicting each other for nothing.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable
 
+import numpy as np
+
 from eejax.config import SchedulerConfig, require_positive_int
+from eejax.length_policy import LengthPolicy
 from eejax.page_allocator import OutOfPages, PageAllocator
+from eejax.policy import FirstComeFirstServed, Policy, Static
 from eejax.request import FinishReason, MicroBatch, RowResult, Sequence, StepResult
+from eejax.step_cost import StepCost
+from eejax.waiting_queue import WaitingQueue
 
 
-class FirstComeFirstServed:
-    """The policy: everything the scheduler decides by preference rather than by necessity."""
-
-    def next_admission(self, waiting: deque[Sequence]) -> Sequence:
-        """Who is admitted before all others; while it does not fit, nobody is."""
-        return waiting[0]
-
-    def decode_rows(self, running: list[Sequence]) -> list[Sequence]:
-        """Who decodes in the next chunk; the others keep their pages."""
-        return list(running)
-
-    def victim(self, running: list[Sequence]) -> Sequence:
-        """Who gives up its pages when they run out."""
-        return running[-1]
+def make_policy(config: SchedulerConfig, *, page_size: int, cost: StepCost) -> Policy:
+    """The policy that a configuration names."""
+    if config.policy == "length":
+        return LengthPolicy(config, page_size=page_size, cost=cost)
+    kind = Static if config.policy == "static" else FirstComeFirstServed
+    return kind(config.max_num_seqs, config.max_chunk_steps)
 
 
 class Scheduler:
@@ -48,53 +45,73 @@ class Scheduler:
     any time except while the runner is still reading the batch that `schedule` returned.
 
     Args:
-        config: slots, steps of a chunk, tokens of a prefill batch.
+        config: slots, steps of a chunk, tokens of a prefill batch, policy.
         allocator: pages of the KV cache; no one else may allocate from it.
         page_size: tokens of one page.
+        policy: instead of the one that `config` names.
+        cost: what decode steps cost, for policies that ask; whoever times the steps teaches it.
     """
 
-    def __init__(self, config: SchedulerConfig, allocator: PageAllocator, *, page_size: int) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        allocator: PageAllocator,
+        *,
+        page_size: int,
+        policy: Policy | None = None,
+        cost: StepCost | None = None,
+    ) -> None:
         require_positive_int("Scheduler", page_size=page_size)
         self._config = config
         self._allocator = allocator
         self._page_size = page_size
-        self._policy = FirstComeFirstServed()
-        self._waiting: deque[Sequence] = deque()
-        self._running: list[Sequence] = []
+        self._policy = policy or make_policy(config, page_size=page_size, cost=cost or StepCost())
+        self._waiting = WaitingQueue(self._policy.window)
+        self._held: list[Sequence] = []
         self._in_flight: MicroBatch | None = None
+        self._decoded_last: frozenset[Sequence] = frozenset()  # by identity
         self._prefilled_last = False
+        self._clock = 0
+        self._arrivals = 0
         self._num_preemptions = 0
+        self._num_parkings = 0
 
     @property
     def has_work(self) -> bool:
         """Whether any sequence is unfinished."""
-        return bool(self._waiting or self._running)
+        return bool(self._waiting or self._held)
 
     @property
     def num_waiting(self) -> int:
-        """Sequences without a slot, preempted ones included."""
+        """Sequences without pages, preempted ones included."""
         return len(self._waiting)
 
     @property
     def num_running(self) -> int:
-        """Sequences that hold a slot and pages."""
-        return len(self._running)
+        """Sequences that hold pages, parked ones included."""
+        return len(self._held)
 
     @property
     def num_preemptions(self) -> int:
         """How often a sequence lost its pages, since the beginning."""
         return self._num_preemptions
 
-    def pages_needed(self, prompt_len: int, max_tokens: int) -> int:
-        """Pages that a sequence of this size takes at its longest. The last answer token is never an input: no KV.
+    @property
+    def num_parkings(self) -> int:
+        """How often a sequence was left out of a chunk after having been in one, since the beginning."""
+        return self._num_parkings
 
-        What needs more pages than the cache has must not be added.
-        """
-        return self._pages_for(prompt_len + max_tokens - 1)
+    @property
+    def clock(self) -> int:
+        """Decode steps run and prompts prefilled, since the beginning."""
+        return self._clock
 
     def add(self, sequences: Iterable[Sequence]) -> None:
-        """Queue fresh sequences behind all others."""
-        self._waiting.extend(sequences)
+        """Queue fresh sequences."""
+        for seq in sequences:
+            seq.number, seq.arrival = self._arrivals, self._clock
+            self._arrivals += 1
+            self._waiting.add(seq, self._policy.rank(seq))
 
     def schedule(self, max_steps: int | None = None) -> MicroBatch | None:
         """Decide the next micro-batch and give its rows their pages; None when there is no work.
@@ -102,25 +119,28 @@ class Scheduler:
         Args:
             max_steps: keep a decode chunk this short, for somebody who watches the tokens come.
 
-        Prefill and decode take turns while there is work for both, so running rows wait for one prefill batch at most.
+        Unless the policy fills first, prefill and decode take turns while there is work for both, so rows that decode
+        wait for one prefill batch at most.
 
         Raises:
             RuntimeError: the last batch has unfinished rows and was not given to `update`.
-            OutOfPages: a sequence does not fit in the whole cache, see `pages_needed`.
+            OutOfPages: a sequence does not fit in the whole cache, see `eejax.page_allocator.pages_needed`.
         """
         if self._in_flight is not None and any(row.finish_reason is None for row in self._in_flight.rows):
             raise RuntimeError("the last micro-batch has not been updated: its rows' KV is unknown")
+        for seq in self._policy.drop(self._held) if self._held else ():
+            self._preempt(seq)
         batch = None
-        if self._waiting and not (self._running and self._prefilled_last):
+        if self._waiting and not (self._held and self._prefilled_last and not self._policy.fills_first):
             batch = self._prefill_batch()
-        if batch is None and self._running:
+        if batch is None and self._held:
             batch = self._decode_batch(min(max_steps or self._config.max_chunk_steps, self._config.max_chunk_steps))
         self._in_flight = batch
         self._prefilled_last = batch is not None and batch.kind == "prefill"
         return batch
 
     def update(self, batch: MicroBatch, result: StepResult) -> None:
-        """Take in the result of the batch that `schedule` returned last; finished sequences lose slot and pages.
+        """Take in the result of the batch that `schedule` returned last; finished sequences lose their pages.
 
         Rows that were finished in between by `finish` ignore their results.
 
@@ -130,6 +150,7 @@ class Scheduler:
         if batch is not self._in_flight:
             raise RuntimeError("update must be given the micro-batch that schedule returned last, once")
         self._in_flight = None
+        self._clock += len(batch.rows) if batch.kind == "prefill" else result.steps
         for seq, row in zip(batch.rows, result.rows, strict=True):
             if seq.finish_reason is not None:
                 continue
@@ -138,6 +159,7 @@ class Scheduler:
                 seq.num_cached = seq.num_tokens - 1
             else:
                 self._release(seq)
+                self._policy.finished(seq)
 
     def finish(self, seq: Sequence, reason: FinishReason) -> None:
         """End a sequence for a reason that its token ids do not tell: an abort, or a stop string in its text.
@@ -154,35 +176,53 @@ class Scheduler:
             else:
                 self._waiting.remove(seq)
             seq.finish(reason)
+            self._policy.finished(seq)
         elif seq.finish_reason == "length" and reason == "stop":
             seq.finish_reason = reason
 
     def _prefill_batch(self) -> MicroBatch | None:
-        """Admit waiting sequences while slots, pages and the token budget allow."""
-        config, chunk = self._config, self._config.max_chunk_steps
-        # What the running rows need for their next chunk is not to be given away.
-        free = self._allocator.num_free - sum(self._missing(row, chunk) for row in self._running)
+        """Admit waiting sequences while the policy, pages and the token budget allow."""
+        chunk = self._config.max_chunk_steps
+        # What the held rows need for their next chunk is not to be given away.
+        free = self._allocator.num_free - sum(self._missing(row, chunk) for row in self._held)
         rows: list[Sequence] = []
         tokens = 0
-        while self._waiting and len(self._running) < config.max_num_seqs:
-            seq = self._policy.next_admission(self._waiting)
+        while self._waiting:
+            seq = self._waiting.first()
+            if not self._policy.may_join(seq, self._held):
+                break
             shared = self._pages_to_share(seq)
             length = seq.prefill_length - len(shared) * self._page_size
-            if rows and tokens + length > config.max_prefill_tokens:
+            if rows and tokens + length > self._config.max_prefill_tokens:
                 break
             need = self._missing(seq, chunk) - len(shared)
-            if need > free and self._running:
+            if self._held and (need > free or not self._will_fit([*self._held, seq], len(shared))):
                 break
-            own = self._allocator.allocate(need)  # with nobody running this raises if the sequence can never fit
+            own = self._allocator.allocate(need)  # with nobody held this raises if the sequence can never fit
             self._allocator.share(shared)
             free -= need
             seq.pages = shared + own
             seq.num_cached = len(shared) * self._page_size
             self._waiting.remove(seq)
-            self._running.append(seq)
+            self._held.append(seq)
             rows.append(seq)
             tokens += length
         return MicroBatch("prefill", tuple(rows)) if rows else None
+
+    def _will_fit(self, rows: list[Sequence], shared: int) -> bool:
+        """Whether the cache holds these rows at every time to come, if each ends when the policy expects it to.
+
+        All are taken to decode on together, and to give their pages back at their ends; need is then greatest just
+        before somebody's. `shared` pages of the last row are there already.
+        """
+        # A fresh sequence's first token comes out of its prefill, and nobody's last one has KV.
+        steps = np.array([min(self._policy.steps_to_reserve(row), row.remaining) for row in rows])
+        steps -= np.array([not row.output_token_ids for row in rows])
+        tokens = np.array([row.prefill_length for row in rows])
+        at = np.unique(steps)[:, None]
+        pages = -(-(tokens + at) // self._page_size) * (steps >= at)
+        in_common = sum(len(row.pages) for row in rows) - self._allocator.num_used + shared
+        return bool(pages.sum(axis=1).max() - in_common <= self._allocator.num_pages)
 
     def _pages_to_share(self, seq: Sequence) -> list[int]:
         """Pages of another answer to the same prompt that already hold, or will hold in time, this prompt's KV.
@@ -201,15 +241,23 @@ class Scheduler:
 
     def _decode_batch(self, longest: int) -> MicroBatch:
         """Give the rows pages for as long a chunk as fits; when not even one step does, the policy's victim goes."""
-        rows = self._policy.decode_rows(self._running)
-        while not (n_steps := self._steps_that_fit(rows, longest)):
-            if len(self._running) == 1:
-                raise OutOfPages(f"a sequence of {rows[0].num_tokens} tokens fills {self._allocator.num_pages} pages")
-            self._preempt(self._policy.victim(self._running))
-            rows = self._policy.decode_rows(self._running)
-        for row in rows:
+        chosen = self._policy.select(self._held, longest)
+        while not (n_steps := self._steps_that_fit(chosen.rows, chosen.n_steps)):
+            if len(self._held) == 1:
+                seq = self._held[0]
+                raise OutOfPages(f"a sequence of {seq.num_tokens} tokens fills {self._allocator.num_pages} pages")
+            self._preempt(self._policy.victim(self._held))
+            chosen = self._policy.select(self._held, longest)
+        for row in chosen.rows:
             row.pages += self._allocator.allocate(self._missing(row, n_steps))
-        return MicroBatch("decode", tuple(rows), n_steps, yield_on_free=self._someone_could_follow(rows))
+        decoding = frozenset(chosen.rows)
+        for seq in self._held:
+            if seq in self._decoded_last and seq not in decoding:
+                seq.parkings += 1
+                self._num_parkings += 1
+        self._decoded_last = decoding
+        yields = len(chosen.rows) < len(self._held) or self._someone_could_follow(chosen.rows)
+        return MicroBatch("decode", tuple(chosen.rows), n_steps, yield_on_free=yields, width=chosen.width)
 
     def _steps_that_fit(self, rows: list[Sequence], longest: int) -> int:
         """The longest chunk that all rows have pages for, of `longest` and its halvings; 0 if there is none."""
@@ -219,22 +267,24 @@ class Scheduler:
         return steps
 
     def _someone_could_follow(self, rows: list[Sequence]) -> bool:
-        """Whether the next to be admitted might fit once one of these rows has left."""
+        """Whether the next to be admitted might join once one of these rows has left."""
         if not self._waiting:
             return False
-        seq = self._policy.next_admission(self._waiting)
+        seq = self._waiting.first()
+        if not any(self._policy.may_join(seq, [other for other in self._held if other is not row]) for row in rows[:1]):
+            return False
         need = self._missing(seq, self._config.max_chunk_steps) - len(self._pages_to_share(seq))
         return need <= self._allocator.num_free + max(len(row.pages) for row in rows)
 
     def _preempt(self, seq: Sequence) -> None:
-        """Take a running sequence's slot and pages; it keeps its tokens and waits before those that came later."""
+        """Take a held sequence's pages; it keeps its tokens and waits in the place that its rank gives it."""
         self._release(seq)
         seq.preemptions += 1
         self._num_preemptions += 1
-        self._waiting.appendleft(seq)
+        self._waiting.add(seq, self._policy.rank(seq))
 
     def _release(self, seq: Sequence) -> None:
-        self._running.remove(seq)
+        self._held.remove(seq)
         self._allocator.free(seq.pages)
         seq.pages = []
         seq.num_cached = 0

@@ -18,6 +18,7 @@ from eejax.request import MicroBatch, Request, RequestOutput, Sequence
 from eejax.runner import MAX_DEVICE_STOP_IDS, Runner, _logprobs, bucket_of
 from eejax.sampling import token_logprobs
 from tests.cases import random_model, random_prompt
+from tests.reference import Reference, rms_norm
 
 SHAPE = "mha"  # three blocks, exits after 1 and 2, a shared head
 MODEL, PARAMS = random_model(SHAPE)
@@ -224,7 +225,46 @@ def test_a_second_process_compiles_nothing(tmp_path):
     assert list((tmp_path / "cache").rglob("*"))
 
 
+# ------------------------------------------------------------------------------------------------------ hidden states
+
+
+def fresh(runner: Runner, prompt: list[int]) -> Sequence:
+    thresholds, params = (float("inf"),) * len(EXITS), SamplingParams(temperature=0.0)
+    [seq] = Request("fresh", None, tuple(prompt), params, 4, thresholds, frozenset(), 0).sequences
+    seq.pages = list(range(runner.config.pages_per_seq))
+    return seq
+
+
+@pytest.mark.parametrize("length", [1, 5, 16, 23])  # 23 takes two calls
+def test_prefill_hands_out_what_the_last_block_made_of_the_last_prompt_token(runner, length):
+    prompt = random_prompt(MODEL, length)
+    [row] = runner.run(MicroBatch("prefill", (fresh(runner, prompt),)), wants_hidden=True).rows
+    assert row.hidden is not None
+    assert (row.hidden.shape, row.hidden.dtype) == ((MODEL.hidden_size,), np.float32)
+    logits = np.asarray(PARAMS["output"]) @ rms_norm(np.asarray(PARAMS["norm"]), row.hidden, MODEL.norm_eps)
+    expected = Reference(MODEL, PARAMS).full_depth(prompt)[DEPTH][-1]
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+
+
+def test_hidden_states_are_of_fresh_prompts_and_only_where_wanted(runner):
+    seq = fresh(runner, random_prompt(MODEL, 5))
+    [row] = runner.run(MicroBatch("prefill", (seq,))).rows
+    assert row.hidden is None
+    seq.append(row.token_ids[0], DEPTH, None)
+    [row] = runner.run(MicroBatch("prefill", (seq,)), wants_hidden=True).rows  # as after a preemption
+    assert row.hidden is None
+
+
 # --------------------------------------------------------------------------------------------------- how much is run
+
+
+@pytest.mark.parametrize(("count", "width", "bucket"), [(1, 0, 1), (1, 3, 4), (2, 0, 2), (3, 2, 4)])
+def test_row_steps_count_padding_and_a_static_batch_is_no_narrower_than_its_width(runner, count, width, bucket):
+    seqs = tuple(sequence(runner, place) for place in range(count))
+    alone = [decode(runner, sequence(runner, place), n_steps=3).rows[0] for place in range(count)]
+    result = runner.run(MicroBatch("decode", seqs, 3, width=width))
+    assert (result.steps, result.row_steps) == (3, 3 * bucket)
+    assert [row.token_ids for row in result.rows] == [row.token_ids for row in alone]
 
 
 @pytest.mark.parametrize("n_steps", [1, 3, CHUNK])

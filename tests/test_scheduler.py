@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from eejax.config import SchedulerConfig
 from eejax.errors import ConfigError
-from eejax.page_allocator import OutOfPages, PageAllocator
+from eejax.page_allocator import OutOfPages, PageAllocator, pages_needed
 from eejax.params import SamplingParams
 from eejax.request import MicroBatch, Request, RowResult, StepResult
 from eejax.scheduler import Scheduler
@@ -143,7 +143,7 @@ def test_one_request_from_prompt_to_last_token():
 
 def test_pages_needed_is_what_a_sequence_takes_at_its_longest():
     for prompt_len, max_tokens in [(1, 1), (4, 1), (5, 1), (3, 2), (4, 2), (7, 9)]:
-        needed = make_scheduler(1)[0].pages_needed(prompt_len, max_tokens)
+        needed = pages_needed(prompt_len, max_tokens, 4)
         scheduler, allocator = make_scheduler(needed, max_chunk_steps=3)
         most = 0
         scheduler.add(make_request(prompt_len, max_tokens).sequences)
@@ -268,7 +268,7 @@ def test_several_preempted_sequences_return_in_order_of_arrival():
     device = FakeDevice(page_size=2)
     while scheduler.num_preemptions < 3:
         step(scheduler, device)
-        order = [seq.request for seq in [*scheduler._running, *scheduler._waiting]]
+        order = [seq.request for seq in [*scheduler._held, *scheduler._waiting]]
         assert order == [r for r in requests if not r.finished]
     run_all(scheduler, device)
     assert all(device.answer(r.sequences[0]) == r.sequences[0].output_token_ids for r in requests)
@@ -370,7 +370,7 @@ def test_finish_in_every_state():
     run_all(scheduler, device)
     assert never.output_token_ids == device.answer(never)
     allocator.check_integrity([])
-    with pytest.raises(ValueError, match="not in deque"):
+    with pytest.raises(ValueError, match="does not wait"):
         scheduler.finish(make_request(1, 1).sequences[0], "abort")
 
 
@@ -558,7 +558,7 @@ def test_nothing_is_lost_doubled_leaked_overtaken_or_starved(
         allocator.check_integrity([seq.pages for seq in seqs])
         assert all(bool(seq.pages) <= (seq.finish_reason is None) for seq in seqs)
         unfinished = [seq for seq in added if seq.finish_reason is None]
-        assert [*scheduler._running, *scheduler._waiting] == unfinished  # the order of arrival, always
+        assert [*scheduler._held, *scheduler._waiting] == unfinished  # the order of arrival, always
 
     assert allocator.num_used == 0
     assert admitted == [seq for seq in seqs if seq in tokens_at_admission]

@@ -1,0 +1,218 @@
+"""The scheduler on a clock of its own: the very class and policies that serve, and `StepModel` for a device."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bench.schedule_rows import Outcome
+from bench.step_model import DecodeCall, PrefillCall, StepModel, pages_visited
+from eejax.config import SchedulerConfig
+from eejax.lengths import LengthEstimate
+from eejax.page_allocator import PageAllocator
+from eejax.params import SamplingParams
+from eejax.policy import Policy
+from eejax.request import MicroBatch, Request, RowResult, StepResult
+from eejax.request import Sequence as Row
+from eejax.scheduler import Scheduler
+from eejax.step_cost import Rows, StepCost
+
+STOP, TOKEN = 1, 2
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatedRequest:
+    """One request and, what only the simulator knows, its answer.
+
+    Attributes:
+        length: answer tokens; a stop token ends the answer before `max_tokens`.
+        estimate: what a predictor says of `length`.
+        arrival: seconds.
+        exit_layers: blocks that each answer token runs, the first at full depth; empty: all tokens at full depth.
+    """
+
+    prompt_len: int
+    length: int
+    max_tokens: int
+    estimate: LengthEstimate | None = None
+    arrival: float = 0.0
+    exit_layers: tuple[int, ...] = ()
+    priority: int = 0
+
+
+def simulate(
+    requests: Sequence[SimulatedRequest],
+    config: SchedulerConfig,
+    *,
+    num_pages: int,
+    page_size: int,
+    cost: StepModel,
+    policy: Policy | None = None,
+    learnt: StepCost | None = None,
+    exits: tuple[int, ...] = (12,),
+    prefill_chunk: int = 512,
+) -> Outcome:
+    """Answer all requests on a virtual clock. Deterministic but for `Outcome.schedule_seconds`.
+
+    Args:
+        cost: what the calls take.
+        policy: None takes the one that `config` names.
+        learnt: what the scheduler knows of that, and is taught by every step; None begins anew.
+        exits: where tokens may leave, in blocks, the last being the depth of the model.
+        prefill_chunk: prompt tokens in one prefill call at the most.
+
+    Raises:
+        RuntimeError: a request was lost, answered twice or wrongly, or a page leaked.
+    """
+    allocator = PageAllocator(num_pages)
+    learnt = learnt or StepCost()
+    scheduler = Scheduler(config, allocator, page_size=page_size, policy=policy, cost=learnt)
+    device = _Device(cost, page_size, exits, prefill_chunk)
+    rows = [_request(i, request, exits[-1]).sequences[0] for i, request in enumerate(requests)]
+    device.known = dict(zip(rows, requests, strict=True))
+    coming = sorted(rows, key=lambda row: device.known[row].arrival)
+    first: dict[Row, float] = {}
+    last: dict[Row, float] = {}
+    now = start = device.known[coming[0]].arrival if coming else 0.0
+    arrived, page_seconds, schedule_seconds = 0, 0.0, 0.0
+    while True:
+        due = arrived
+        while due < len(coming) and device.known[coming[due]].arrival <= now:
+            due += 1
+        before = time.thread_time()
+        scheduler.add(coming[arrived:due])
+        batch = scheduler.schedule()
+        schedule_seconds += time.thread_time() - before
+        arrived = due
+        if batch is None:
+            if arrived == len(coming):
+                break
+            now = device.known[coming[arrived]].arrival
+            continue
+        fresh = [row for row in batch.rows if not row.output_token_ids]
+        result, seconds = device.run(batch)
+        page_seconds += allocator.num_used * seconds
+        now += seconds
+        before = time.thread_time()
+        scheduler.update(batch, result)
+        schedule_seconds += time.thread_time() - before
+        if result.steps:
+            learnt.observe(device.rows_of(batch, result), seconds / result.steps)
+        first.update((row, now) for row in fresh)
+        for row in batch.rows:
+            if row.finish_reason is not None:
+                if row in last:
+                    raise RuntimeError(f"request {row.request.request_id} was answered twice")
+                last[row] = now
+    _check(device.known, last, allocator)
+    return Outcome(
+        seconds=now - start,
+        prompt_tokens=sum(request.prompt_len for request in requests),
+        prefilled=device.prefilled,
+        answer_tokens=sum(request.length for request in requests),
+        produced=device.produced,
+        steps=device.steps,
+        row_steps=device.row_steps,
+        parkings=sum(row.parkings for row in rows),
+        preemptions=sum(row.preemptions for row in rows),
+        page_seconds=page_seconds,
+        num_pages=num_pages,
+        latencies=tuple(last[row] - device.known[row].arrival for row in rows),
+        first_tokens=tuple(first[row] - device.known[row].arrival for row in rows),
+        schedule_seconds=schedule_seconds,
+    )
+
+
+def _request(number: int, simulated: SimulatedRequest, depth: int) -> Request:
+    if not 1 <= simulated.length <= simulated.max_tokens:
+        raise ValueError(f"an answer has 1..{simulated.max_tokens} tokens, got a length of {simulated.length}")
+    if simulated.exit_layers and len(simulated.exit_layers) != simulated.length:
+        raise ValueError(f"{simulated.length} answer tokens have {len(simulated.exit_layers)} exit layers")
+    request = Request(
+        request_id=f"request-{number}",
+        prompt=None,
+        prompt_token_ids=(TOKEN,) * simulated.prompt_len,
+        params=SamplingParams(max_tokens=simulated.max_tokens),
+        max_tokens=simulated.max_tokens,
+        thresholds=(0.5 if simulated.exit_layers else math.inf,),
+        stop_token_ids=frozenset({STOP}),
+        seed=number,
+        priority=simulated.priority,
+    )
+    request.sequences[0].estimate = simulated.estimate
+    return request
+
+
+def _check(known: dict[Row, SimulatedRequest], last: dict[Row, float], allocator: PageAllocator) -> None:
+    for row, request in known.items():
+        if row not in last or len(row.output_token_ids) != request.length:
+            raise RuntimeError(
+                f"{row.request.request_id} has {len(row.output_token_ids)} of {request.length} tokens, "
+                f"finish reason {row.finish_reason}"
+            )
+    allocator.check_integrity([])
+
+
+class _Device:
+    """Does with a micro-batch what `Runner` does, at no cost but that of the model."""
+
+    def __init__(self, cost: StepModel, page_size: int, exits: tuple[int, ...], prefill_chunk: int) -> None:
+        self.known: dict[Row, SimulatedRequest] = {}
+        self.prefilled = self.produced = self.steps = self.row_steps = 0
+        self._cost = cost
+        self._page_size = page_size
+        self._exits = exits
+        self._chunk = prefill_chunk
+
+    def run(self, batch: MicroBatch) -> tuple[StepResult, float]:
+        """The batch's result, and the seconds it took."""
+        if batch.kind == "prefill":
+            lengths = [row.prefill_length - row.num_cached for row in batch.rows]
+            self.prefilled += sum(lengths)
+            rows = [self._tokens(row, 0 if row.output_token_ids else 1) for row in batch.rows]
+            return StepResult(tuple(rows)), self._cost.prefill_seconds(PrefillCall.of(lengths, self._chunk))
+        left = [self.known[row].length - len(row.output_token_ids) for row in batch.rows]
+        steps = min(batch.n_steps, min(left) if batch.yield_on_free else max(left))
+        bucket = 1 << (max(len(batch.rows), batch.width) - 1).bit_length()
+        taken = [min(steps, more) for more in left]
+        blocks, heads = self._work(batch.rows, taken, steps)
+        pages = pages_visited([row.num_tokens for row in batch.rows], taken, self._page_size)
+        call = DecodeCall(bucket, steps, pages, blocks / self._exits[-1], heads)
+        rows = [self._tokens(row, count) for row, count in zip(batch.rows, taken, strict=True)]
+        self.steps += steps
+        self.row_steps += bucket * steps
+        result = StepResult(tuple(rows), steps, blocks, heads, bucket * steps)
+        return result, self._cost.decode_seconds(call)
+
+    def rows_of(self, batch: MicroBatch, result: StepResult) -> Rows:
+        """A decode batch as the engine tells `StepCost` of it, once its tokens are taken over."""
+        pages = -(-max(row.num_tokens for row in batch.rows) // self._page_size)
+        depth = result.blocks_run / (result.steps * self._exits[-1])
+        return Rows(result.row_steps // result.steps, pages, (depth,), (1.0,))
+
+    def _work(self, rows: Sequence[Row], taken: Sequence[int], steps: int) -> tuple[int, int]:
+        """Blocks of the deepest row and heads asked down to there, summed over steps."""
+        if not any(self.known[row].exit_layers for row in rows):
+            return steps * self._exits[-1], steps
+        blocks = heads = 0
+        for step in range(steps):
+            live = (row for row, count in zip(rows, taken, strict=True) if count > step)
+            depth = max(self._depth(row, len(row.output_token_ids) + step) for row in live)
+            blocks += depth
+            heads += sum(at <= depth for at in self._exits)
+        return blocks, heads
+
+    def _depth(self, row: Row, index: int) -> int:
+        layers = self.known[row].exit_layers
+        return layers[index] if layers else self._exits[-1]
+
+    def _tokens(self, row: Row, count: int) -> RowResult:
+        request, done = self.known[row], len(row.output_token_ids)
+        ids = [TOKEN] * count
+        if done + count == request.length < request.max_tokens and count:
+            ids[-1] = STOP
+        layers = request.exit_layers[done : done + count] or (self._exits[-1],) * count
+        self.produced += count
+        return RowResult(tuple(ids), layers)
