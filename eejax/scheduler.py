@@ -271,7 +271,8 @@ class Scheduler:
         if not self._waiting:
             return False
         seq = self._waiting.first()
-        if not any(self._policy.may_join(seq, [other for other in self._held if other is not row]) for row in rows[:1]):
+        # If a slot is what it lacks, then any row's will do, and the first one's is the hardest to outrank.
+        if not self._policy.may_join(seq, [other for other in self._held if other is not rows[0]]):
             return False
         need = self._missing(seq, self._config.max_chunk_steps) - len(self._pages_to_share(seq))
         return need <= self._allocator.num_free + max(len(row.pages) for row in rows)
@@ -279,6 +280,7 @@ class Scheduler:
     def _preempt(self, seq: Sequence) -> None:
         """Take a held sequence's pages; it keeps its tokens and waits in the place that its rank gives it."""
         self._release(seq)
+        self._decoded_last -= {seq}
         seq.preemptions += 1
         self._num_preemptions += 1
         self._waiting.add(seq, self._policy.rank(seq))
