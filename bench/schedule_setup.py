@@ -51,6 +51,7 @@ ROWS = {
     "binned_fcr": Row(predictor="prompt", paper={"ordered": True, "fcr": True}),
     "binned_vbs": Row(predictor="prompt", paper={"ordered": True, "vbs": True}),
     "paper": Row(predictor="prompt", paper={"ordered": True, "fcr": True, "vbs": True}),
+    "paper_oracle": Row(predictor="oracle", paper={"ordered": True, "fcr": True, "vbs": True}),
     "fcfs": Row("fcfs"),
     "length_constant": Row("length", "constant"),
     "length_prompt": Row("length", "prompt"),
@@ -68,7 +69,7 @@ def request_options(parser: argparse.ArgumentParser, num_iters: int) -> None:
     parser.add_argument("--temperature", type=float, default=0.7, help="each request has its seed (%(default)s)")
     parser.add_argument("--max-num-seqs", type=at_least(1), default=32, help="slots (%(default)s)")
     parser.add_argument("--vbs-num-seqs", type=at_least(1), default=64, help="rows of the paper's (%(default)s)")
-    parser.add_argument("--paper-quantile", type=float, default=0.75, help="that the paper's predict (%(default)s)")
+    parser.add_argument("--paper-quantile", type=float, default=0.6, help="that the paper's predict (%(default)s)")
     parser.add_argument("--num-pages", type=at_least(1), help="where memory is the limit (a quarter of the roomy)")
     parser.add_argument("--num-iters-warmup", type=at_least(0), default=1, help="untimed rounds (%(default)s)")
     parser.add_argument("--num-iters", type=at_least(1), default=num_iters, help="timed rounds (%(default)s)")
