@@ -176,6 +176,7 @@ class Runner:
                 self.params, self.cache, rows, tokens, depths, np.int32(start), np.int32(length), wants_token
             )
         if not fresh or token is None or report is None:
+            jax.block_until_ready(self.cache)  # or its time would be taken for the next call's
             return RowResult((), ())
         chosen = int(np.asarray(token)[0])
         wanted = seq.request.params.logprobs
