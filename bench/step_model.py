@@ -10,6 +10,8 @@ import numpy as np
 from eejax.config import MIN_PREFILL_BUCKET
 from eejax.errors import ConfigError
 
+FIT_ROUNDS = 5
+
 
 @dataclass(frozen=True, slots=True)
 class DecodeCall:
@@ -104,7 +106,7 @@ class StepModel:
 
     @classmethod
     def fit(cls, decodes: Sequence[DecodeCall], prefills: Sequence[PrefillCall]) -> StepModel:
-        """Least squares of the relative error, no coefficient negative.
+        """Least squares of the error relative to the prediction, no coefficient negative.
 
         Args:
             decodes: measured calls.
@@ -129,13 +131,21 @@ class StepModel:
 
 
 def _relative_least_squares(features: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
-    """Coefficients of at least 0 that minimise the sum of squares of `prediction / seconds - 1`."""
+    """Coefficients of at least 0 that minimise the sum of squares of `seconds / prediction - 1`.
+
+    Relative to the prediction, which takes a few rounds: relative to the measured time, a call that was held up would
+    count for less than one that was not, and the sum of all calls would come out too low.
+    """
     from scipy.optimize import nnls
 
     if min(seconds) <= 0:
         raise ConfigError(f"a measured call took {min(seconds)} s; it must have taken some")
-    scaled = np.asarray(features) / np.asarray(seconds)[:, None]
-    size = scaled.max(axis=0)
-    size[size == 0] = 1.0
-    found, _ = nnls(scaled / size, np.ones(len(seconds)))
-    return (found / size).tolist()
+    matrix, measured = np.asarray(features), np.asarray(seconds)
+    predicted, found = measured, np.zeros(matrix.shape[1])
+    for _ in range(FIT_ROUNDS):
+        scaled = matrix / predicted[:, None]
+        size = scaled.max(axis=0)
+        size[size == 0] = 1.0
+        found = nnls(scaled / size, measured / predicted)[0] / size
+        predicted = np.maximum(matrix @ found, 1e-3 * measured)
+    return found.tolist()
