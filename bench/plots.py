@@ -49,7 +49,8 @@ def plot_bars(groups: Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]]
             axis.margins(x=0.12)
             axis.spines[["top", "right"]].set_visible(False)
             axis.set_title(f"{group}: {label}", fontsize=10)
-    axes[0][0].legend(fontsize=8, loc="lower right")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, loc="outside upper center", ncols=len(labels))
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         FigureCanvasAgg(figure).print_png(str(file))

@@ -30,7 +30,7 @@ from eejax.tokenizer import chat_prompt
 
 REGIMES = ("roomy", "limited")
 MODES = ("full_depth", "early_exit")
-PROMPTS = Path(__file__).with_name("schedule_prompts.jsonl")
+PROMPTS = Path("bench/schedule_prompts.jsonl")
 MODEL = "checkpoints/demo"
 LONGEST_RANDOM_PROMPT = 48
 
