@@ -101,11 +101,6 @@ class Scheduler:
         """How often a sequence was left out of a chunk after having been in one, since the beginning."""
         return self._num_parkings
 
-    @property
-    def clock(self) -> int:
-        """Decode steps run and prompts prefilled, since the beginning."""
-        return self._clock
-
     def add(self, sequences: Iterable[Sequence]) -> None:
         """Queue fresh sequences."""
         for seq in sequences:

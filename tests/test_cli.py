@@ -14,7 +14,6 @@ from pathlib import Path
 
 import jax
 import pytest
-import sentencepiece
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
@@ -25,6 +24,7 @@ from eejax.prompts import read_prompts
 from eejax.request import CompletionOutput
 from eejax.tokenizer import CONFIG_FILE, MODEL_FILE
 from eejax.weights import WEIGHTS_DIR, save_checkpoint
+from tests.tokenizer_cases import train_sentencepiece
 
 LAYERS = 4
 EXITS = (1, 3)
@@ -36,21 +36,13 @@ TEMPLATE = "{{ bos_token }}{% for message in messages %}<q>{{ message['content']
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with a sentencepiece tokenizer and a chat template."""
     folder = tmp_path_factory.mktemp("cli") / "tiny"
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(
-            ["list the files in a folder", "how do I copy one file", "three plus four is seven"] * 9
-        ),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=320,
-        byte_fallback=True,
+    tokenizer, vocabulary = train_sentencepiece(
+        ["list the files in a folder", "how do I copy one file", "three plus four is seven"] * 9,
+        320,
         user_defined_symbols=["<q>", "<a>"],
-        minloglevel=2,
     )
-    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     config = ModelConfig(
-        vocab_size=tokenizer.vocab_size(),
+        vocab_size=vocabulary,
         hidden_size=32,
         intermediate_size=48,
         n_layers=LAYERS,
@@ -64,7 +56,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     params = jax.tree.map(lambda leaf: leaf * 10 if leaf.ndim > 1 else leaf, init_params(config, seed=3))
     params["output"] *= 3
     save_checkpoint(folder, config, params)
-    (folder / MODEL_FILE).write_bytes(model.getvalue())
+    (folder / MODEL_FILE).write_bytes(tokenizer)
     (folder / CONFIG_FILE).write_text(
         json.dumps({"chat_template": TEMPLATE, "additional_special_tokens": ["<q>", "<a>"]})
     )

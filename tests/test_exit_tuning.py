@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 import sys
@@ -12,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import sentencepiece
 import typer
 from typer.testing import CliRunner, Result
 
@@ -32,6 +30,7 @@ from tests.cases import random_params
 from tests.hf_folders import make_folder, plain_config
 from tests.reference import Reference, softmax
 from tests.reference import generate as reference
+from tests.tokenizer_cases import train_sentencepiece
 
 DEPTH = 3
 WORDS = ["one", "two", "three", "four", "and", "words", "of", "a", "text", "b", "c", "d", "e", "f"]
@@ -64,16 +63,7 @@ def data(home: Path) -> Path:
 @pytest.fixture(scope="module")
 def plain(home: Path) -> Path:
     """A model without exits, stored in bfloat16, with a sentencepiece tokenizer and a file about it."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([line["text"] for line in text_lines(40, 1)]),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=300,
-        byte_fallback=True,
-        minloglevel=2,
-    )
-    vocabulary = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
+    tokenizer, vocabulary = train_sentencepiece([line["text"] for line in text_lines(40, 1)], 300)
     config = ModelConfig(
         vocab_size=vocabulary,
         hidden_size=32,
@@ -85,7 +75,7 @@ def plain(home: Path) -> Path:
         max_position=64,
     )
     save_checkpoint(home / "plain", config, random_params(config, seed=5), jnp.bfloat16)
-    (home / "plain" / MODEL_FILE).write_bytes(model.getvalue())
+    (home / "plain" / MODEL_FILE).write_bytes(tokenizer)
     (home / "plain" / CONFIG_FILE).write_text("{}")
     (home / "plain" / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
     (home / "plain" / "README.md").write_text("about the old model")

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
-import io
 import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-import sentencepiece
 from typer.testing import CliRunner, Result
 
 from eejax import LLM, SamplingParams, length_training
@@ -27,6 +25,7 @@ from eejax.prompts import read_prompts, read_sourced_prompts
 from eejax.tokenizer import CONFIG_FILE, MODEL_FILE
 from eejax.weights import load_config, save_checkpoint
 from tests.cases import random_params
+from tests.tokenizer_cases import train_sentencepiece
 
 WORDS = ["one", "two", "three", "four", "and", "words", "of", "a", "text", "b", "c", "d", "e", "f"]
 TEMPERATURES = (0.5, 1.0, 2.0)
@@ -48,16 +47,7 @@ def texts(count: int, seed: int = 0) -> list[str]:
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model without a chat template that ends its answers at one of many tokens."""
     folder = tmp_path_factory.mktemp("length") / "plain"
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts(40, 1)),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=300,
-        byte_fallback=True,
-        minloglevel=2,
-    )
-    vocabulary = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
+    tokenizer, vocabulary = train_sentencepiece(texts(40, 1), 300)
     config = ModelConfig(
         vocab_size=vocabulary,
         hidden_size=32,
@@ -69,7 +59,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_position=128,
     )
     save_checkpoint(folder, config, random_params(config, seed=5))
-    (folder / MODEL_FILE).write_bytes(model.getvalue())
+    (folder / MODEL_FILE).write_bytes(tokenizer)
     (folder / CONFIG_FILE).write_text("{}")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(2, vocabulary, 7))}))
     return folder

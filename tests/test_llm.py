@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import logging
@@ -12,7 +11,6 @@ from pathlib import Path
 
 import jax
 import pytest
-import sentencepiece
 
 from eejax import (
     LLM,
@@ -32,7 +30,7 @@ from eejax.tokenizer import CONFIG_FILE, MODEL_FILE, copy_tokenizer
 from eejax.weights import save_checkpoint
 from tests.cases import random_model, random_params
 from tests.reference import generate as reference
-from tests.tokenizer_cases import FOLDERS
+from tests.tokenizer_cases import FOLDERS, train_sentencepiece
 
 DEPTH, EXITS, MAX_LEN, PAGE = 3, (1, 2), 32, 8
 TEXTS = ["one two three", "a b c", "three and four"]
@@ -51,16 +49,7 @@ def greedy(**changes) -> SamplingParams:
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose confidences spread over (0, 1), with a sentencepiece tokenizer."""
     folder = tmp_path_factory.mktemp("llm") / "tiny"
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["one two three and four", "a b c d e f", "words of the text"] * 9),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=310,
-        byte_fallback=True,
-        minloglevel=2,
-    )
-    vocabulary = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
+    tokenizer, vocabulary = train_sentencepiece(["one two three and four", "a b c d e f", "words of the text"] * 9, 310)
     config = ModelConfig(
         vocab_size=vocabulary,
         hidden_size=32,
@@ -73,7 +62,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         exits=ExitConfig(EXITS),
     )
     save_checkpoint(folder, config, random_params(config, seed=5))
-    (folder / MODEL_FILE).write_bytes(model.getvalue())
+    (folder / MODEL_FILE).write_bytes(tokenizer)
     (folder / CONFIG_FILE).write_text(json.dumps({}))
     return folder
 

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+import sentencepiece
 
 from eejax.errors import TokenizerError
 from eejax.tokenizer import load_tokenizer
@@ -56,3 +61,18 @@ def chat_differences(folder: Path) -> tuple[int, list[tuple]]:
         if found != expected:
             differences.append((messages, found, expected))
     return written, differences
+
+
+def train_sentencepiece(sentences: Iterable[str], vocab_size: int, **options: Any) -> tuple[bytes, int]:
+    """A small sentencepiece model with byte fallback, and how many ids it has."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        byte_fallback=True,
+        minloglevel=2,
+        **options,
+    )
+    return model.getvalue(), sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
