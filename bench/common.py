@@ -8,9 +8,9 @@ import math
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +22,17 @@ from bench import machine
 from bench.cost import ModelCost
 from bench.shapes import SHAPES, shape
 from eejax import LLM, EarlyExitParams
-from eejax.config import ModelConfig
+from eejax.config import Choice, DecodeConfig, FillMode, ModelConfig
 from eejax.errors import ConfigError
 from eejax.model import count_params, init_params
 from eejax.options import DTYPES
+from eejax.params import Measure
+from eejax.prompts import read_prompts
 from eejax.request import PromptLike
+from eejax.tokenizer import chat_prompt
+
+MEASURES: tuple[Measure, ...] = ("softmax", "margin", "similarity", "classifier")
+"""Measures that look at the model; `--replay` is the one that does not."""
 
 
 def numbers(text: str) -> tuple[float, ...]:
@@ -56,31 +62,59 @@ def at_least(low: int) -> Callable[[str], int]:
     return parse
 
 
-def new_parser(name: str, what: str | None) -> argparse.ArgumentParser:
-    """A parser with the options of every benchmark; `what` is its docstring, whose first line is shown."""
+def model_parser(name: str, what: str | None, default_model: str | None = None) -> argparse.ArgumentParser:
+    """A parser with the options of every benchmark but those that say who leaves where.
+
+    Args:
+        what: the benchmark's docstring, whose first line is shown.
+        default_model: checkpoint folder where neither `--model` nor `--random` is given; without it one must be.
+    """
     parser = argparse.ArgumentParser(prog=f"python -m bench {name}", description=(what or "").partition("\n")[0])
-    model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--model", metavar="PATH", help="checkpoint folder")
+    model = parser.add_mutually_exclusive_group(required=default_model is None)
+    shown = f" ({default_model})" if default_model else ""
+    model.add_argument("--model", metavar="PATH", default=default_model, help=f"checkpoint folder{shown}")
     model.add_argument("--random", choices=sorted(SHAPES), help="random weights of this shape")
     parser.add_argument("--dtype", choices=DTYPES, help="of weights and cache; the device's usual one")
     parser.add_argument("--exit-layers", type=integers, metavar="E,E", help="exits instead of the model's own")
     parser.add_argument("--page-size", type=at_least(1), default=64, help="tokens in a cache page (%(default)s)")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of weights, prompts and draws (%(default)s)")
+    parser.add_argument("--output-json", type=Path, metavar="FILE", help="write the result here too")
+    return parser
+
+
+def new_parser(name: str, what: str | None) -> argparse.ArgumentParser:
+    """`model_parser`, and one way to leave early."""
+    parser = model_parser(name, what)
     parser.add_argument("--threshold", type=numbers, metavar="T[,T]", help="confidence to leave, one or one per exit")
-    parser.add_argument("--measure", choices=("softmax", "margin"), help="confidence measure (softmax)")
+    parser.add_argument("--measure", choices=MEASURES, help="confidence measure (softmax)")
+    add_replay(parser)
+    return parser
+
+
+def add_replay(parser: argparse.ArgumentParser) -> None:
+    """The option that draws exits instead of asking for them."""
     parser.add_argument(
         "--replay",
         type=numbers,
         metavar="F,F",
         help="shares of tokens that leave at each exit, drawn from a seeded distribution instead of asking the heads",
     )
-    parser.add_argument("--seed", type=at_least(0), default=0, help="of weights, prompts and draws (%(default)s)")
-    parser.add_argument("--output-json", type=Path, metavar="FILE", help="write the result here too")
-    return parser
+
+
+def add_decode_options(parser: argparse.ArgumentParser) -> None:
+    """The fields of `DecodeConfig`: how a batch takes its rows' exits."""
+    for name, allowed in (("compaction", Choice), ("fill", FillMode), ("rebatching", Choice)):
+        parser.add_argument(f"--{name}", choices=get_args(allowed), default="auto", help="as LLM's (%(default)s)")
+
+
+def decode_of(args: argparse.Namespace) -> DecodeConfig:
+    """What the options of `add_decode_options` say."""
+    return DecodeConfig(args.compaction, args.fill, args.rebatching)
 
 
 @dataclass(frozen=True, slots=True)
 class ModelOptions:
-    """Which model to build. `random` names a shape, `model` a checkpoint folder; one of them is None."""
+    """Which model to build. `random` names a shape, else `model` names a checkpoint folder."""
 
     model: str | None
     random: str | None
@@ -99,9 +133,10 @@ class ModelOptions:
         """What to call the model in a table."""
         return self.random or Path(self.model or "").resolve().name
 
-    def build(self, max_model_len: int | None, max_num_seqs: int) -> LLM:
-        """Load or draw the weights."""
+    def build(self, max_model_len: int | None, max_num_seqs: int, decode: DecodeConfig | None = None) -> LLM:
+        """Load or draw the weights. `decode` says how batches take exits, when not as they do by default."""
         options = {
+            **asdict(decode or DecodeConfig()),
             "dtype": self.dtype,
             "max_model_len": max_model_len,
             "max_num_seqs": max_num_seqs,
@@ -145,6 +180,15 @@ def random_prompts(count: int, length: int, vocab_size: int, seed: int) -> list[
     rng = np.random.default_rng(seed)
     ids = rng.integers(min(3, vocab_size - 1), vocab_size, (count, length))
     return [{"prompt_token_ids": row} for row in ids.tolist()]
+
+
+def text_prompts(llm: LLM, file: Path, count: int | None = None) -> list[PromptLike]:
+    """The first `count` texts of `file` in the checkpoint's chat template. Raises `ConfigError` without a tokenizer."""
+    if llm.tokenizer is None:
+        raise ConfigError("--prompts needs a model with a tokenizer, so --model and not --random")
+    texts = read_prompts(file, count)
+    ids = [chat_prompt(llm.tokenizer, [{"role": "user", "content": text}])[1] for text in texts]
+    return [{"prompt_token_ids": one} for one in ids]
 
 
 def dtype_of(llm: LLM) -> jnp.dtype:

@@ -3,9 +3,11 @@
 Batch 1 is limited by memory: a token costs the bytes of the blocks it runs, of the heads it asks and of the keys and
 values it reads. In a batch the weights are read once for all rows, and a row's own cost is its arithmetic: 2 operations
 per weight of the blocks it runs and the heads it asks, plus attention over its own context, or over the sliding window
-of a block that has one. A block that an exit owns is part of its head. The ideal speed-up is the ratio of these costs,
-full depth over early exit, of the tokens that were really produced: it knows no fill-in of the keys and values of
-blocks that a token did not run, no exit test beyond its head, no host work, and no row that waits for another.
+of a block that has one. A block that an exit owns is part of its head. Measures without logits ask one head, where the
+token leaves; a probe asked on the way costs what its exit puts before the output matrix. The ideal speed-up is the
+ratio of these costs, full depth over early exit, of the tokens that were really produced: it knows no fill-in of the
+keys and values of blocks that a token did not run, no exit test beyond its head, no host work, and no row that waits
+for another.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from eejax.config import ModelConfig
+from eejax.exits import NEEDS_LOGITS
 from eejax.model import count_params, param_shapes
 
 
@@ -26,11 +29,13 @@ class TokenCost:
         exit_layer: blocks it ran.
         context: positions up to and with its own, which attention reads where no window hides them.
         heads: exit points whose head it asked.
+        probes: exit layers where it asked a probe, and no head.
     """
 
     exit_layer: int
     context: int
     heads: tuple[int, ...]
+    probes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +47,7 @@ class ModelCost:
         fill_params: those of them that KV fill-in reads: the K and V projection.
         head_params: parameters read when logits are computed at an exit point, by exit point; a block that the exit
             owns among them.
+        body_params: of those, what stands before the output matrix, by exit layer; a probe reads it.
         kv_per_token: key and value elements of one token in one block.
         attention_ops: arithmetic operations per query token, block and context position.
         itemsize: bytes of one weight or cache element.
@@ -53,6 +59,7 @@ class ModelCost:
     block_params: int
     fill_params: int
     head_params: dict[int, int]
+    body_params: dict[int, int]
     kv_per_token: int
     attention_ops: int
     itemsize: int
@@ -66,18 +73,19 @@ class ModelCost:
         shapes = param_shapes(config)
         block = next(iter(shapes["blocks"].values()))
         matrix = shapes["embedding" if config.tie_embeddings else "output"].size
-        heads = {config.n_layers: matrix + config.hidden_size}
+        heads, bodies = {config.n_layers: matrix + config.hidden_size}, {}
         for layer, name in zip(config.exits.layers, config.exit_names, strict=True):
             parts = shapes.get("exits", {}).get(name, {})
-            # Logits need no probe.
-            own = sum(count_params(part) for key, part in parts.items() if not key.startswith("probe_"))
-            norm = config.hidden_size if config.exits.head == "shared" else 0
-            heads[layer] = own + norm + (matrix if config.exits.tie_output else 0)
+            # The probe itself, one number for each of the hidden state's, is not worth counting.
+            own = sum(count_params(part) for key, part in parts.items() if key in ("norm", "mlp", "block"))
+            bodies[layer] = own + (config.hidden_size if config.exits.head == "shared" else 0)
+            heads[layer] = bodies[layer] + matrix
         return cls(
             n_layers=config.n_layers,
             block_params=count_params(block),
             fill_params=block["wkv"].size,
             head_params=heads,
+            body_params=bodies,
             kv_per_token=2 * config.n_kv_heads * config.head_dim,
             attention_ops=4 * config.n_heads * config.head_dim,
             itemsize=itemsize,
@@ -90,23 +98,26 @@ class ModelCost:
         """Positions whose keys and values a token reads, added up over the blocks that it runs, exits' own included."""
         seen = token.context if self.sliding_window is None else min(token.context, self.sliding_window)
         below = min(token.exit_layer, self.sliding_from)
-        own = sum(e in self.block_exits for e in token.heads)
+        own = sum(e in self.block_exits for e in (*token.heads, *token.probes))
         return (below + own) * token.context + (token.exit_layer - below) * seen
+
+    def weights(self, token: TokenCost) -> int:
+        """Parameters of all that a token runs and asks."""
+        heads = sum(self.head_params[e] for e in token.heads)
+        return token.exit_layer * self.block_params + heads + sum(self.body_params[e] for e in token.probes)
 
     def token_bytes(self, token: TokenCost) -> int:
         """Bytes that a token alone in its batch must read."""
-        weights = token.exit_layer * self.block_params + sum(self.head_params[e] for e in token.heads)
-        return self.itemsize * (weights + self.kv_positions(token) * self.kv_per_token)
+        return self.itemsize * (self.weights(token) + self.kv_positions(token) * self.kv_per_token)
 
     def fill_bytes(self, token: TokenCost) -> int:
         """Bytes of weights that filling in the keys and values of the blocks which this token did not run reads."""
-        unasked = sum(e not in token.heads for e in self.block_exits)
+        unasked = sum(e not in (*token.heads, *token.probes) for e in self.block_exits)
         return self.itemsize * (self.n_layers - token.exit_layer + unasked) * self.fill_params
 
     def token_ops(self, token: TokenCost) -> int:
         """Arithmetic operations (additions and multiplications) that a token needs."""
-        weights = token.exit_layer * self.block_params + sum(self.head_params[e] for e in token.heads)
-        return 2 * weights + self.kv_positions(token) * self.attention_ops
+        return 2 * self.weights(token) + self.kv_positions(token) * self.attention_ops
 
     def mean_head(self, tokens: Sequence[TokenCost]) -> float:
         """Parameters of a head, mean over those that the tokens asked; of the last one if they asked none."""
@@ -134,12 +145,14 @@ def heads_asked(
     Args:
         exit_points: exit layers, then the number of blocks.
         thresholds: one per exit layer; infinite where the request may not leave.
-        measure: `random` asks no head to decide, only the last one for its logits.
+        measure: those that need no logits ask no head to decide, only the last one for its token.
     """
-    if measure == "random":
-        return (exit_layer,)
-    asked = [e for e, t in zip(exit_points[:-1], thresholds, strict=True) if e < exit_layer and math.isfinite(t)]
-    return (*asked, exit_layer)
+    return (*(_tested(exit_points, thresholds, exit_layer) if measure in NEEDS_LOGITS else ()), exit_layer)
+
+
+def _tested(exit_points: Sequence[int], thresholds: Sequence[float], exit_layer: int) -> tuple[int, ...]:
+    """Exit layers below `exit_layer` where a token was tested."""
+    return tuple(e for e, t in zip(exit_points[:-1], thresholds, strict=True) if e < exit_layer and math.isfinite(t))
 
 
 def decoded_tokens(
@@ -153,11 +166,11 @@ def decoded_tokens(
 
     Answer token `i` is decoded from a context of the prompt and the `i` answer tokens before it.
     """
-    return [
-        TokenCost(layer, input_len + i, heads_asked(exit_points, thresholds, measure, layer))
-        for i, layer in enumerate(exit_layers)
-        if i > 0
-    ]
+    needs = {}
+    for layer in exit_points:
+        probes = _tested(exit_points, thresholds, layer) if measure == "classifier" else ()
+        needs[layer] = heads_asked(exit_points, thresholds, measure, layer), probes
+    return [TokenCost(layer, input_len + i, *needs[layer]) for i, layer in enumerate(exit_layers) if i > 0]
 
 
 def at_full_depth(tokens: Iterable[TokenCost], n_layers: int) -> list[TokenCost]:

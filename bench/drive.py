@@ -51,8 +51,8 @@ def watched(engine: Engine, requests: Sequence[str]) -> Iterator[Record]:
             record.calls.append(PrefillCall.of(lengths, chunk))
         else:
             pages = pages_visited([row.num_tokens for row in batch.rows], counts, page_size)
-            bucket, depth = result.row_steps // result.steps, result.blocks_run / model.n_layers
-            record.calls.append(DecodeCall(bucket, result.steps, pages, depth, result.heads_run))
+            depth, row_depth = result.blocks_run / model.n_layers, result.row_blocks / model.n_layers
+            record.calls.append(DecodeCall(result.steps, pages, depth, row_depth, result.row_heads))
         return result
 
     engine.runner.run = noted

@@ -15,7 +15,9 @@ from bench import machine
 from bench.common import (
     Ceiling,
     ModelOptions,
+    add_decode_options,
     at_least,
+    decode_of,
     dtype_of,
     early_exit_params,
     finish,
@@ -35,6 +37,7 @@ from bench.rounds import MODES, Round, request_params, run_interleaved, token_co
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     found = new_parser("latency", __doc__)
+    add_decode_options(found)
     found.add_argument("--input-len", type=at_least(1), default=32, help="prompt tokens (%(default)s)")
     found.add_argument("--output-len", type=at_least(2), default=128, help="answer tokens (%(default)s)")
     found.add_argument("--batch-size", type=at_least(1), default=1, help="requests at once (%(default)s)")
@@ -70,6 +73,7 @@ def summary(
         "mean_exit_layer": sum(token.exit_layer for token in tokens) / len(tokens),
         "blocks_per_step": blocks,
         "blocks_run_over_full_depth": blocks / cost.n_layers,
+        "row_blocks_over_full_depth": rounds[0].row_blocks / (len(tokens) * cost.n_layers),
         "heads_per_step": heads,
         "bytes_per_step": step_bytes,
         "operations_per_step": step_ops,
@@ -104,11 +108,23 @@ def speedups(
     }
 
 
+def at_own_bandwidth(mode: dict[str, Any], rate: float) -> dict[str, float]:
+    """A mode beside `rate`, bytes per second over a working set as large as its own step's.
+
+    A step that reads less may find more of it in the last-level cache, so the two modes' rates differ.
+    """
+    bound = mode["bytes_per_step"] / rate
+    return {
+        "own_bandwidth_gb_s": rate / 1e9,
+        "share_of_own_bandwidth_bound": 1e3 * bound / mode["time_per_output_token_ms"]["p50"],
+    }
+
+
 def main(arguments: list[str]) -> None:
     """Run the benchmark."""
     args = parser().parse_args(arguments)
     chosen, batch = ModelOptions.of(args), args.batch_size
-    llm = chosen.build(max_model_len=args.input_len + args.output_len, max_num_seqs=batch)
+    llm = chosen.build(max_model_len=args.input_len + args.output_len, max_num_seqs=batch, decode=decode_of(args))
     config = llm.config.model
     cost = ModelCost.of(config, dtype_of(llm).itemsize)
     exits = dict(zip(MODES, (None, early_exit_params(args, config)), strict=True))
@@ -123,6 +139,9 @@ def main(arguments: list[str]) -> None:
     tokens = {mode: token_costs(rounds[mode][0], config, exits[mode]) for mode in MODES}
     ceiling = before.better(Ceiling.measure(step_bytes, dtype_of(llm)))
     modes = {mode: summary(rounds[mode], tokens[mode], cost, ceiling, batch) for mode in MODES}
+    for found in modes.values():
+        rate = machine.read_bandwidth(max(2**20, round(found["bytes_per_step"])), dtype_of(llm).name)
+        found.update(at_own_bandwidth(found, rate))
     full, early = (modes[mode]["time_per_output_token_ms"]["p50"] for mode in MODES)
     result = {
         "bench": "latency",
@@ -148,10 +167,13 @@ def _show(result: dict[str, Any]) -> None:
         table_row("output tokens/s while decoding", modes, "output_tokens_per_s", digits=1),
         table_row("mean exit layer", modes, "mean_exit_layer"),
         table_row("blocks run / blocks at full depth", modes, "blocks_run_over_full_depth", digits=3),
+        table_row("rows in blocks / rows at full depth", modes, "row_blocks_over_full_depth", digits=3),
         table_row("heads asked per step", modes, "heads_per_step"),
         table_row("MB read per step", modes, "bytes_per_step", unit=1e6, digits=1),
         table_row("bandwidth bound, ms per token", modes, "bandwidth_bound_ms"),
         table_row("share of bandwidth bound", modes, "share_of_bandwidth_bound", digits=3),
+        table_row("bandwidth over so many bytes, GB/s", modes, "own_bandwidth_gb_s", digits=1),
+        table_row("share of the bound by that", modes, "share_of_own_bandwidth_bound", digits=3),
         table_row("arithmetic bound, ms per token", modes, "arithmetic_bound_ms"),
     ]
     title = (
@@ -162,6 +184,9 @@ def _show(result: dict[str, Any]) -> None:
         f"speed-up while decoding: measured {result['measured_speedup']:.3f}, ideal {result['ideal_speedup']:.3f} "
         f"(from {result['ideal_speedup_from']}), quotient {result['quotient']:.3f}"
     ]
+    if options["batch_size"] == 1:
+        shares = [mode["share_of_own_bandwidth_bound"] for mode in modes.values()]
+        notes.append(f"quotient by the bandwidth over each mode's own bytes: {shares[1] / shares[0]:.3f}")
     fill = result["fill_in_share_of_full_depth_bytes"]
     if fill is not None:
         notes.append(f"fill-in of skipped blocks, not part of the ideal: {fill:.3f} of the bytes at full depth")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -23,6 +24,7 @@ class Answer:
     """One request's prompt length, the blocks that each answer token ran, and when it ran, in seconds.
 
     Attributes:
+        token_ids: of the answer.
         arrival, first_token, finish: seconds since the round began.
     """
 
@@ -31,6 +33,7 @@ class Answer:
     arrival: float
     first_token: float
     finish: float
+    token_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +41,8 @@ class Round:
     """All requests answered once. `seconds` of wall time; the counters are what the engine's grew by.
 
     Attributes:
-        steps, blocks_run, heads_run: of decoding; prefill, always at full depth, is not in them.
+        steps, blocks_run, heads_run, row_blocks, fills: of decoding (`EngineStats`); prefill, always at full depth, is
+            not in them.
         compilations: 0 once everything is warm.
     """
 
@@ -48,6 +52,8 @@ class Round:
     steps: int
     blocks_run: int
     heads_run: int
+    row_blocks: int
+    fills: int
     compilations: int
 
 
@@ -66,7 +72,8 @@ def run_round(llm: LLM, prompts: list[PromptLike], params: list[SamplingParams])
         if m is None or m.first_token_time is None or m.finish_time is None:
             raise RuntimeError(f"request {output.request_id} came back without its times")
         times = (m.arrival_time - zero, m.first_token_time - zero, m.finish_time - zero)
-        answers.append(Answer(len(output.prompt_token_ids), output.outputs[0].exit_layers, *times))
+        answer = output.outputs[0]
+        answers.append(Answer(len(output.prompt_token_ids), answer.exit_layers, *times, token_ids=answer.token_ids))
     return Round(
         seconds=seconds,
         answers=tuple(answers),
@@ -74,6 +81,8 @@ def run_round(llm: LLM, prompts: list[PromptLike], params: list[SamplingParams])
         steps=after.steps - before.steps,
         blocks_run=after.blocks_run - before.blocks_run,
         heads_run=after.heads_run - before.heads_run,
+        row_blocks=after.row_blocks - before.row_blocks,
+        fills=after.fills - before.fills,
         compilations=after.compilations - before.compilations,
     )
 
@@ -106,12 +115,19 @@ def request_params(
 
 def token_costs(one: Round, config: ModelConfig, early_exit: EarlyExitParams | None) -> list[TokenCost]:
     """What each decoded token of a round needed; without `early_exit`, no exit was asked."""
+    return [
+        token
+        for answer in one.answers
+        for token in answer_costs(answer.exit_layers, answer.input_len, config, early_exit)
+    ]
+
+
+def answer_costs(
+    exit_layers: Sequence[int], input_len: int, config: ModelConfig, early_exit: EarlyExitParams | None
+) -> list[TokenCost]:
+    """What each decoded token of one answer needed; without `early_exit`, no exit was asked."""
     if early_exit is None:
         thresholds, measure = (math.inf,) * len(config.exits.layers), "softmax"
     else:
         thresholds, measure = early_exit.thresholds_for(config), early_exit.measure
-    return [
-        token
-        for answer in one.answers
-        for token in decoded_tokens(answer.exit_layers, answer.input_len, config.exit_points, thresholds, measure)
-    ]
+    return decoded_tokens(exit_layers, input_len, config.exit_points, thresholds, measure)

@@ -96,9 +96,9 @@ def ceiling(bench: Bench, cost: StepModel, mode: str) -> dict[str, float]:
     steps, pages = config.scheduler.max_chunk_steps, -(-round(context) // config.cache.page_size)
     best, rows = 0.0, 1
     for power in range(bench.args.max_num_seqs.bit_length()):
-        call = DecodeCall(1 << power, steps, steps * pages, steps * depth, steps * heads)
-        rate = steps * call.bucket / cost.decode_seconds(call)
-        best, rows = max((best, rows), (rate, call.bucket))
+        count = 1 << power
+        call = DecodeCall(steps, steps * pages, steps * depth, steps * depth * count, steps * heads * count)
+        best, rows = max((best, rows), (steps * count / cost.decode_seconds(call), count))
     prefill = PrefillCall.of([prompt for prompt, _ in sizes], bench.engine.runner.prefill_buckets[-1])
     seconds = cost.prefill_seconds(prefill) + len(layers) / best
     return {

@@ -30,6 +30,7 @@ from bench.step_model import DecodeCall, StepModel
 from eejax.config import SchedulerConfig
 from eejax.errors import ConfigError
 from eejax.lengths import LEVELS, LengthEstimate
+from eejax.step_cost import StepCost
 
 CHECKED = ("static", "paper", "fcfs", "length_prompt")
 SIMULATED = (*CHECKED, "length_oracle")
@@ -52,6 +53,7 @@ class Machine:
     page_size: int
     exits: tuple[int, ...] = (12,)
     prefill_chunk: int = 512
+    compacts: bool = True
 
 
 def parser() -> argparse.ArgumentParser:
@@ -90,6 +92,7 @@ def run(name: str, requests: Sequence[SimulatedRequest], on: Machine, paper_quan
             max_rows=on.paper_rows,
             quantile=paper_quantile,
         ),
+        learnt=StepCost(compacts=on.compacts),
         exits=on.exits,
         prefill_chunk=on.prefill_chunk,
     )
@@ -123,6 +126,7 @@ def checked(bench: Bench) -> tuple[StepModel, dict[str, Any]]:
             config.cache.page_size,
             config.model.exit_points,
             bench.engine.runner.prefill_buckets[-1],
+            bench.engine.runner.compacts,
         )
         simulated = figures([run(name, known_requests(bench, mode), on, bench.args.paper_quantile)])
         rows = found.setdefault(regime, {}).setdefault(mode, {})

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from bench.schedule_rows import Outcome
 from bench.step_model import DecodeCall, PrefillCall, StepModel, pages_visited
+from eejax.buckets import segment_bucket
 from eejax.config import SchedulerConfig
 from eejax.lengths import LengthEstimate
 from eejax.page_allocator import PageAllocator
@@ -17,7 +18,7 @@ from eejax.policy import Policy
 from eejax.request import MicroBatch, Request, RowResult, StepResult
 from eejax.request import Sequence as Row
 from eejax.scheduler import Scheduler
-from eejax.step_cost import Rows, StepCost
+from eejax.step_cost import StepCost
 
 STOP, TOKEN = 1, 2
 
@@ -69,7 +70,7 @@ def simulate(
     allocator = PageAllocator(num_pages)
     learnt = learnt or StepCost()
     scheduler = Scheduler(config, allocator, page_size=page_size, policy=policy, cost=learnt)
-    device = _Device(cost, page_size, exits, prefill_chunk)
+    device = _Device(cost, page_size, exits, prefill_chunk, learnt.compacts)
     rows = [_request(i, request, exits[-1]).sequences[0] for i, request in enumerate(requests)]
     device.known = dict(zip(rows, requests, strict=True))
     coming = sorted(rows, key=lambda row: device.known[row].arrival)
@@ -99,7 +100,8 @@ def simulate(
         scheduler.update(batch, result)
         schedule_seconds += time.thread_time() - before
         if result.steps:
-            learnt.observe(device.rows_of(batch, result), seconds / result.steps)
+            pages, blocks = -(-max(row.num_tokens for row in batch.rows) // page_size), result.steps * exits[-1]
+            learnt.observe(result.blocks_run / blocks, result.row_blocks / blocks, pages, seconds / result.steps)
         first.update((row, now) for row in fresh)
         for row in batch.rows:
             if row.finish_reason is not None:
@@ -158,13 +160,16 @@ def _check(known: dict[Row, SimulatedRequest], last: dict[Row, float], allocator
 class _Device:
     """Does with a micro-batch what `Runner` does, at no cost but that of the model."""
 
-    def __init__(self, cost: StepModel, page_size: int, exits: tuple[int, ...], prefill_chunk: int) -> None:
+    def __init__(
+        self, cost: StepModel, page_size: int, exits: tuple[int, ...], prefill_chunk: int, compacts: bool
+    ) -> None:
         self.known: dict[Row, SimulatedRequest] = {}
         self.prefilled = self.produced = self.steps = self.row_steps = 0
         self._cost = cost
         self._page_size = page_size
         self._exits = exits
         self._chunk = prefill_chunk
+        self._compacts = compacts
 
     def run(self, batch: MicroBatch) -> tuple[StepResult, float]:
         """The batch's result, and the seconds it took."""
@@ -177,32 +182,37 @@ class _Device:
         steps = min(batch.n_steps, min(left) if batch.yield_on_free else max(left))
         bucket = 1 << (max(len(batch.rows), batch.width) - 1).bit_length()
         taken = [min(steps, more) for more in left]
-        blocks, heads = self._work(batch.rows, taken, steps)
+        blocks, row_blocks, heads, row_heads = self._work(batch.rows, taken, steps, bucket)
         pages = pages_visited([row.num_tokens for row in batch.rows], taken, self._page_size)
-        call = DecodeCall(bucket, steps, pages, blocks / self._exits[-1], heads)
+        call = DecodeCall(steps, pages, blocks / self._exits[-1], row_blocks / self._exits[-1], row_heads)
         rows = [self._tokens(row, count) for row, count in zip(batch.rows, taken, strict=True)]
         self.steps += steps
         self.row_steps += bucket * steps
-        result = StepResult(tuple(rows), steps, blocks, heads, bucket * steps)
+        result = StepResult(tuple(rows), steps, blocks, heads, bucket * steps, row_blocks, row_heads)
         return result, self._cost.decode_seconds(call)
 
-    def rows_of(self, batch: MicroBatch, result: StepResult) -> Rows:
-        """A decode batch as the engine tells `StepCost` of it, once its tokens are taken over."""
-        pages = -(-max(row.num_tokens for row in batch.rows) // self._page_size)
-        depth = result.blocks_run / (result.steps * self._exits[-1])
-        return Rows(result.row_steps // result.steps, pages, (depth,), (1.0,))
+    def _work(self, rows: Sequence[Row], taken: Sequence[int], steps: int, bucket: int) -> tuple[int, int, int, int]:
+        """Blocks run, rows computed in them, and the same of heads, summed over steps.
 
-    def _work(self, rows: Sequence[Row], taken: Sequence[int], steps: int) -> tuple[int, int]:
-        """Blocks of the deepest row and heads asked down to there, summed over steps."""
-        if not any(self.known[row].exit_layers for row in rows):
-            return steps * self._exits[-1], steps
-        blocks = heads = 0
+        A head is asked behind every segment if any row may leave, else behind the last one.
+        """
+        early = any(self.known[row].exit_layers for row in rows)
+        blocks = row_blocks = heads = row_heads = 0
         for step in range(steps):
-            live = (row for row, count in zip(rows, taken, strict=True) if count > step)
-            depth = max(self._depth(row, len(row.output_token_ids) + step) for row in live)
-            blocks += depth
-            heads += sum(at <= depth for at in self._exits)
-        return blocks, heads
+            depths = [
+                self._depth(row, len(row.output_token_ids) + step)
+                for row, count in zip(rows, taken, strict=True)
+                if count > step
+            ]
+            above = 0
+            for end in self._exits if early else self._exits[-1:]:
+                if not (entered := sum(depth > above for depth in depths)):
+                    break
+                width = segment_bucket(bucket, self._compacts, entered)
+                blocks, row_blocks = blocks + end - above, row_blocks + (end - above) * width
+                heads, row_heads = heads + 1, row_heads + width
+                above = end
+        return blocks, row_blocks, heads, row_heads
 
     def _depth(self, row: Row, index: int) -> int:
         layers = self.known[row].exit_layers

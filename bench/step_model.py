@@ -18,29 +18,28 @@ class DecodeCall:
     """One decode call: what it did, and the seconds it took where it was measured.
 
     Attributes:
-        bucket: rows computed, padding included.
         row_pages: pages that a row visits, summed over steps: every row visits as many as the longest has.
         depth: blocks run for the whole batch over the model's blocks, summed over steps.
-        heads: vocabulary projections, summed over steps.
+        row_depth: the same, each block counted once for each row that it computes, padding included.
+        row_heads: vocabulary projections, one for each row that they compute.
     """
 
-    bucket: int
     steps: int
     row_pages: int
     depth: float
-    heads: int
+    row_depth: float
+    row_heads: int
     seconds: float = 0.0
 
     def features(self) -> tuple[float, ...]:
         """What the coefficients of `StepModel` multiply, in their order."""
-        share = self.depth / max(1, self.steps)
         return (
             1.0,
             float(self.steps),
             self.depth,
-            self.depth * self.bucket,
-            share * self.row_pages * self.bucket,
-            float(self.heads * self.bucket),
+            self.row_depth,
+            self.row_depth * self.row_pages / max(1, self.steps),
+            float(self.row_heads),
         )
 
 

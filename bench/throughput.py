@@ -15,7 +15,9 @@ from bench import machine
 from bench.common import (
     Ceiling,
     ModelOptions,
+    add_decode_options,
     at_least,
+    decode_of,
     dtype_of,
     early_exit_params,
     finish,
@@ -27,19 +29,18 @@ from bench.common import (
     random_prompts,
     show_table,
     table_row,
+    text_prompts,
 )
 from bench.cost import ModelCost, TokenCost, ideal_from_operations, prefill_ops
 from bench.rounds import MODES, Round, request_params, run_interleaved, token_costs
 from eejax import LLM
-from eejax.errors import ConfigError
-from eejax.prompts import read_prompts
 from eejax.request import PromptLike
-from eejax.tokenizer import chat_prompt
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     found = new_parser("throughput", __doc__)
+    add_decode_options(found)
     found.add_argument("--num-prompts", type=at_least(1), help="requests (32, or all of --prompts)")
     found.add_argument(
         "--prompts",
@@ -59,11 +60,7 @@ def make_prompts(args: argparse.Namespace, llm: LLM) -> list[PromptLike]:
     """Random tokens, or the file's texts in the checkpoint's chat template."""
     if args.prompts is None:
         return random_prompts(args.num_prompts or 32, args.input_len, llm.config.model.vocab_size, args.seed)
-    if llm.tokenizer is None:
-        raise ConfigError("--prompts needs a model with a tokenizer, so --model and not --random")
-    texts = read_prompts(args.prompts, args.num_prompts)
-    ids = [chat_prompt(llm.tokenizer, [{"role": "user", "content": text}])[1] for text in texts]
-    return [{"prompt_token_ids": one} for one in ids]
+    return text_prompts(llm, args.prompts, args.num_prompts)
 
 
 def summary(rounds: Sequence[Round], tokens: Sequence[TokenCost], cost: ModelCost, ceiling: Ceiling) -> dict[str, Any]:
@@ -92,6 +89,7 @@ def summary(rounds: Sequence[Round], tokens: Sequence[TokenCost], cost: ModelCos
         "blocks_run": one.blocks_run,
         "blocks_full_depth": one.steps * cost.n_layers,
         "blocks_run_over_full_depth": one.blocks_run / (steps * cost.n_layers),
+        "row_blocks_over_full_depth": one.row_blocks / max(1, len(tokens) * cost.n_layers),
         "heads_per_step": one.heads_run / steps,
         "bytes_per_step": read / steps,
         "decode_bandwidth_bound_s": read / ceiling.bandwidth,
@@ -126,7 +124,7 @@ def main(arguments: list[str]) -> None:
     args = parser().parse_args(arguments)
     chosen = ModelOptions.of(args)
     longest = None if args.prompts else args.input_len + args.output_len
-    llm = chosen.build(max_model_len=longest, max_num_seqs=args.max_num_seqs)
+    llm = chosen.build(max_model_len=longest, max_num_seqs=args.max_num_seqs, decode=decode_of(args))
     config = llm.config.model
     cost = ModelCost.of(config, dtype_of(llm).itemsize)
     exits = dict(zip(MODES, (None, early_exit_params(args, config)), strict=True))
@@ -172,6 +170,7 @@ def _show(result: dict[str, Any]) -> None:
         table_row("preemptions", modes, "preemptions", digits=0),
         table_row("mean exit layer", modes, "mean_exit_layer"),
         table_row("blocks run / blocks at full depth", modes, "blocks_run_over_full_depth", digits=3),
+        table_row("rows in blocks / rows at full depth", modes, "row_blocks_over_full_depth", digits=3),
         table_row("heads asked per step", modes, "heads_per_step"),
         table_row("MB read per step", modes, "bytes_per_step", unit=1e6, digits=1),
         table_row("bandwidth bound of decoding, s", modes, "decode_bandwidth_bound_s"),

@@ -1,4 +1,4 @@
-"""The command line: `eejax generate`, `info`, `demo`, `tune-exits`, `train-length`.
+"""The command line: `eejax generate`, `info`, `demo`, `tune-exits`, `train-length`, `calibrate`.
 
 Flags carry the names of the fields they set. jax is imported inside the commands, so that `--help` and a mistyped flag
 answer at once.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,10 +17,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from eejax.cli_calibration import calibrate
 from eejax.cli_length import train_length
 from eejax.cli_tuning import tune_exits
 from eejax.errors import ConfigError
-from eejax.params import DecayingThreshold, EarlyExitParams, SamplingParams
+from eejax.params import CALIBRATED, DecayingThreshold, EarlyExitParams, SamplingParams
 from eejax.prompts import read_prompts
 from eejax.request import PromptLike
 from eejax.terminal import answer_one_by_one, answer_together, reported_errors
@@ -43,12 +45,16 @@ Threshold = Annotated[
     str | None,
     typer.Option(
         metavar="T[,T]",
-        help="Confidence at which a token leaves: one, or one per exit. Above 1 is full depth.  [default: 0.9]",
+        help="Confidence at which a token leaves: one, or one per exit. Above 1 is full depth; calibrated is what "
+        "eejax calibrate certified.  [default: 0.9]",
         rich_help_panel=EXITS,
     ),
 ]
 Measure = Annotated[
-    str | None, typer.Option(help="softmax or margin.  [default: softmax]", metavar="NAME", rich_help_panel=EXITS)
+    str | None,
+    typer.Option(
+        help="softmax, margin, similarity or classifier.  [default: softmax]", metavar="NAME", rich_help_panel=EXITS
+    ),
 ]
 MinLayers = Annotated[
     int | None, typer.Option(help="Blocks that every token runs at least.", rich_help_panel=EXITS, show_default=False)
@@ -130,6 +136,28 @@ def generate(
     scheduler: Annotated[
         str, typer.Option(help="fcfs, length or static.", metavar="POLICY", rich_help_panel=ENGINE)
     ] = "fcfs",
+    compaction: Annotated[
+        str,
+        typer.Option(
+            help="auto, always or never: unresolved rows go on by themselves.", metavar="WHEN", rich_help_panel=ENGINE
+        ),
+    ] = "auto",
+    fill: Annotated[
+        str,
+        typer.Option(
+            help="auto, eager or deferred: when blocks that were not run get their K and V.",
+            metavar="WHEN",
+            rich_help_panel=ENGINE,
+        ),
+    ] = "auto",
+    rebatching: Annotated[
+        str,
+        typer.Option(
+            help="auto, always or never: rows that go deep are gathered while others go on.",
+            metavar="WHEN",
+            rich_help_panel=ENGINE,
+        ),
+    ] = "auto",
 ) -> None:
     """Answer prompts."""
     with reported_errors():
@@ -161,9 +189,12 @@ def generate(
             page_size=page_size,
             exit_layers=integers("--exit-layers", exit_layers),
             scheduler=scheduler,
+            compaction=compaction,
+            fill=fill,
+            rebatching=rebatching,
         )
         if params.early_exit is not None:
-            params.early_exit.thresholds_for(llm.config.model)  # wrong for one prompt, wrong for all
+            check_exits(llm, params.early_exit)
         prompts = [text if raw else in_chat_template(llm, text) for text in texts]
         answer = answer_one_by_one if stream else answer_together
         if not answer(llm, texts, prompts, params, as_json):
@@ -221,7 +252,7 @@ def demo(
             exit_layers=integers("--exit-layers", exit_layers),
         )
         if early_exit is not None:
-            early_exit.thresholds_for(llm.config.model)
+            check_exits(llm, early_exit)
         prompts = [in_chat_template(llm, text) for text in texts]
         tour(
             llm, texts, prompts, SamplingParams(temperature=0.0, max_tokens=max_tokens, early_exit=early_exit), repeats
@@ -230,6 +261,7 @@ def demo(
 
 app.command("tune-exits")(tune_exits)
 app.command("train-length")(train_length)
+app.command()(calibrate)
 
 
 def load(path: Path, **options: Any) -> LLM:
@@ -244,6 +276,14 @@ def load(path: Path, **options: Any) -> LLM:
         if path.is_dir():
             require_tokenizer(path)  # the API takes token ids instead, the command line only text
         return LLM(path, **options)
+
+
+def check_exits(llm: LLM, early_exit: EarlyExitParams) -> None:
+    """Refuse what this model cannot do, since wrong for one prompt is wrong for all; say if nothing was certified."""
+    limits = llm.engine.calibrated.thresholds_for(early_exit, llm.config.model)
+    if early_exit.threshold == CALIBRATED and not any(map(math.isfinite, limits)):
+        text = f"no threshold of measure {early_exit.measure} was certified: full depth"
+        Console(stderr=True, highlight=False).print(text, style="yellow", soft_wrap=True)
 
 
 def in_chat_template(llm: LLM, text: str) -> PromptLike:
@@ -283,7 +323,7 @@ def early_exit_params(
         return None
     chosen: dict[str, Any] = {}
     if threshold is not None:
-        values = numbers("--threshold", threshold)
+        values = (CALIBRATED,) if threshold == CALIBRATED else numbers("--threshold", threshold)
         chosen["threshold"] = values[0] if len(values) == 1 else values
     if tau is not None:
         chosen["threshold"] = DecayingThreshold(chosen.get("threshold", EarlyExitParams().threshold), tau)

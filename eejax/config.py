@@ -13,6 +13,8 @@ from eejax.errors import ConfigError
 
 ExitHeadKind = Literal["shared", "norm", "mlp", "block"]
 PolicyName = Literal["fcfs", "length", "static"]
+Choice = Literal["auto", "always", "never"]
+FillMode = Literal["auto", "eager", "deferred"]
 PredictorName = Literal["prompt", "hidden", "perception", "constant"]
 
 MIN_PREFILL_BUCKET = 16
@@ -332,6 +334,37 @@ class SchedulerConfig:
         )
 
 
+@named_options
+@dataclass(frozen=True, slots=True)
+class DecodeConfig:
+    """How a batch takes its rows' exits. Tokens are the same under every setting; only time differs.
+
+    `DecodeConfig("never", "eager", "never")` is the rule of Miao et al. (arXiv 2407.20272): all rows go on until the
+    last one is resolved.
+
+    Attributes:
+        compaction: the rows that are unresolved behind an exit go on in the smallest bucket that holds them.
+        fill: when K and V are written in blocks that a token did not run: `eager`, before its step ends; `deferred`,
+            when the block next runs, or at the end of the chunk.
+        rebatching: rows that left go on to their next token, while the others are held until enough of them have
+            gathered to run the deeper blocks together (DREX, arXiv 2512.15705). `auto` does so while all slots are
+            taken, more requests wait, and the steps that were measured say that it pays.
+    """
+
+    compaction: Choice = "auto"
+    fill: FillMode = "auto"
+    rebatching: Choice = "auto"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("compaction", get_args(Choice)),
+            ("fill", get_args(FillMode)),
+            ("rebatching", get_args(Choice)),
+        ):
+            value = getattr(self, name)
+            require(value in allowed, f"DecodeConfig.{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """Everything an engine is built from besides the weights.
@@ -345,6 +378,7 @@ class EngineConfig:
     model: ModelConfig
     cache: CacheConfig
     scheduler: SchedulerConfig = SchedulerConfig()
+    decode: DecodeConfig = DecodeConfig()
     max_model_len: int = 2048
     prefill_chunk: int = 512
     seed: int = 0

@@ -8,6 +8,7 @@ import time
 from collections.abc import Collection
 from collections.abc import Sequence as Seq
 
+from eejax.calibration import CalibratedThresholds
 from eejax.config import EngineConfig, SchedulerConfig, require
 from eejax.detokenizer import Detokenizer
 from eejax.engine_stats import EngineStats
@@ -31,7 +32,7 @@ from eejax.request import (
 )
 from eejax.runner import Runner
 from eejax.scheduler import Scheduler
-from eejax.step_cost import Rows, StepCost
+from eejax.step_cost import StepCost
 
 
 class Engine:
@@ -43,6 +44,7 @@ class Engine:
         eos_ids: tokens that end an answer unless the request ignores them.
         predictor: what tells the length of answers to the scheduler; by default nothing does.
         policy: instead of the one that `config.scheduler` names.
+        calibrated: what tells "calibrated" thresholds; by default there are none.
     """
 
     def __init__(
@@ -54,16 +56,18 @@ class Engine:
         *,
         predictor: LengthPredictor | None = None,
         policy: Policy | None = None,
+        calibrated: CalibratedThresholds | None = None,
     ) -> None:
         self.config = config
         self.tokenizer = tokenizer
         self.eos_ids = frozenset(eos_ids)
+        self.calibrated = calibrated or CalibratedThresholds()
         self.runner = Runner(config, params)
         self._requests: dict[str, Request] = {}
         self._detokenizers: dict[Sequence, Detokenizer] = {}
         self._questions: dict[Sequence, Request] = {}  # asked of the model -> the request that waits for its answer
         self._numbers = itertools.count()
-        self._step_cost = StepCost()
+        self._step_cost = StepCost(compacts=self.runner.compacts)
         self._buckets_seen: set[int] = set()
         self._reset(config.scheduler, policy, predictor, config.cache.num_pages)
 
@@ -100,11 +104,16 @@ class Engine:
     ) -> None:
         self.allocator = PageAllocator(num_pages)
         self.scheduler = Scheduler(
-            config, self.allocator, page_size=self.config.cache.page_size, policy=policy, cost=self._step_cost
+            config,
+            self.allocator,
+            page_size=self.config.cache.page_size,
+            policy=policy,
+            cost=self._step_cost,
+            rebatching=self.config.decode.rebatching,
         )
         self._predictor = predictor or ConstantPredictor(None)
         names = ("tokens", "prompt_tokens", "steps", "blocks_run", "blocks_full_depth", "token_blocks", "heads_run")
-        self._counts = dict.fromkeys((*names, "row_steps"), 0)
+        self._counts = dict.fromkeys((*names, "row_steps", "row_blocks", "row_heads", "fills"), 0)
         self._schedule_seconds = 0.0
 
     @property
@@ -144,7 +153,7 @@ class Engine:
         request_id = request_id or f"request-{number}"
         if request_id in self._requests:
             raise InvalidRequestError(f"request id {request_id!r} is in use")
-        intake = Intake(self.config, self.tokenizer, self.eos_ids, self.allocator.num_pages)
+        intake = Intake(self.config, self.tokenizer, self.eos_ids, self.allocator.num_pages, self.calibrated)
         request = intake.request(
             prompt, params, request_id=request_id, number=number, text=text, priority=priority, deadline=deadline
         )
@@ -201,6 +210,9 @@ class Engine:
         self._counts["blocks_full_depth"] += result.steps * self.config.model.n_layers
         self._counts["heads_run"] += result.heads_run
         self._counts["row_steps"] += result.row_steps
+        self._counts["row_blocks"] += result.row_blocks
+        self._counts["row_heads"] += result.row_heads
+        self._counts["fills"] += result.fills
         return ended + [self._output(request) for request in touched.values()]
 
     def stats(self) -> EngineStats:
@@ -259,11 +271,12 @@ class Engine:
         if not result.steps:
             return
         bucket = result.row_steps // result.steps
-        longest = max(seq.num_tokens for seq in batch.rows)
-        depth = result.blocks_run / (result.steps * self.config.model.n_layers)
         if bucket in self._buckets_seen:  # the first call of a bucket may have compiled it
-            pages = -(-longest // self.config.cache.page_size)
-            self._step_cost.observe(Rows(bucket, pages, (depth,)), seconds / result.steps)
+            pages = -(-max(seq.num_tokens for seq in batch.rows) // self.config.cache.page_size)
+            blocks = result.steps * self.config.model.n_layers
+            self._step_cost.observe(
+                result.blocks_run / blocks, result.row_blocks / blocks, pages, seconds / result.steps
+            )
         self._buckets_seen.add(bucket)
 
     def _end_overdue(self) -> list[RequestOutput]:

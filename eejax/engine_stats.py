@@ -15,7 +15,10 @@ class EngineStats:
         blocks_run: blocks executed for whole batches while decoding; at full depth it would be `blocks_full_depth`.
         token_blocks: blocks that the decoded tokens themselves ran, summed over tokens.
         heads_run: vocabulary projections executed while decoding.
-        row_steps: rows computed in each decode step, padding and rows already done included, summed over steps.
+        row_steps: rows of each decode step, padding and rows already done included, summed over steps.
+        row_blocks: rows computed in each block run, padding included, summed over blocks: what compaction saves;
+            `row_heads`, the same for vocabulary projections.
+        fills: blocks whose K and V projection was run for fill-in alone.
         schedule_seconds: time that the scheduler took, on the host.
         preemptions: how often a sequence lost its pages; `parkings`, how often one kept them and was left out of a
             chunk after having been in one.
@@ -31,6 +34,9 @@ class EngineStats:
     token_blocks: int
     heads_run: int
     row_steps: int
+    row_blocks: int
+    row_heads: int
+    fills: int
     schedule_seconds: float
     compilations: int
     preemptions: int

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from eejax.params import Measure
+from eejax.row_subset import RowSubset
 
 MEASURES: tuple[str, ...] = get_args(Measure)
 """A row's measure travels to the device as an index into this."""
@@ -41,6 +42,16 @@ class ExitRows:
     horizon: Float[Array, " B"]
     keys: UInt32[Array, "B 2"]
 
+    def take(self, subset: RowSubset) -> ExitRows:
+        """Those of some rows."""
+        return ExitRows(
+            thresholds=subset.take(self.thresholds),
+            measure=subset.take(self.measure),
+            tau=subset.take(self.tau),
+            horizon=subset.take(self.horizon),
+            keys=subset.take_table(self.keys),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Observation:
@@ -48,10 +59,14 @@ class Observation:
 
     Attributes:
         logits: this exit's logits.
+        similarity: cosine of the hidden states behind and before the exit's block.
+        probe: log-odds by the exit's linear probe.
         uniform: one draw per token.
     """
 
     logits: Float[Array, "V B"] | None = None
+    similarity: Float[Array, " B"] | None = None
+    probe: Float[Array, " B"] | None = None
     uniform: Float[Array, " B"] | None = None
 
 
@@ -93,12 +108,24 @@ def top_probabilities(logits: Float[Array, "V B"]) -> tuple[Float[Array, " B"], 
     return 1.0 / total, jnp.exp(second - top) / total
 
 
+def similarity(before: Float[Array, "D B"], behind: Float[Array, "D B"]) -> Float[Array, " B"]:
+    """The `similarity` measure: cosine of the hidden states before and behind a block, at most 1."""
+    before, behind = before.astype(jnp.float32), behind.astype(jnp.float32)
+    lengths = jnp.sum(before * before, axis=0) * jnp.sum(behind * behind, axis=0)
+    cosine = jnp.sum(before * behind, axis=0) * jax.lax.rsqrt(jnp.maximum(lengths, jnp.finfo(jnp.float32).tiny))
+    return jnp.minimum(cosine, 1.0)
+
+
 def confidence(rows: ExitRows, seen: Observation) -> Float[Array, " B"]:
     """Each row's confidence under its own measure, below every threshold where that was not observed."""
     found: dict[str, Array] = {}
     if seen.logits is not None:
         top, second = top_probabilities(seen.logits)
         found |= {"softmax": top, "margin": top - second}
+    if seen.similarity is not None:
+        found["similarity"] = seen.similarity
+    if seen.probe is not None:
+        found["classifier"] = jax.nn.sigmoid(seen.probe)
     if seen.uniform is not None:
         found["random"] = seen.uniform
     result = jnp.full(rows.measure.shape, -jnp.inf)

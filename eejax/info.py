@@ -9,6 +9,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+from eejax.calibration import load_calibration
 from eejax.config import CacheConfig
 from eejax.kv_cache import page_bytes
 from eejax.length_heads import load_length_heads
@@ -38,6 +39,7 @@ def describe(path: Path, dtype: str | None, page_size: int) -> dict[str, Any]:
     total = count_params(shapes)
     tokenizer = load_tokenizer(path)
     lengths = load_length_heads(path, model)
+    calibration = load_calibration(path)
     return {
         "path": str(path),
         "model": model.to_dict(),
@@ -55,6 +57,7 @@ def describe(path: Path, dtype: str | None, page_size: int) -> dict[str, Any]:
         "exit_layers": list(model.exits.layers),
         "exit_head": model.exits.head,
         "length_heads": None if lengths is None else dict(lengths.about),
+        "calibration": None if calibration is None else calibration.to_dict(),
         "tokenizer": {
             "kind": type(tokenizer).__name__,
             "vocab_size": tokenizer.vocab_size,
@@ -82,6 +85,11 @@ def size(count: float) -> str:
     return f"{count:.2f} GiB"
 
 
+def _promise(measure: str, found: dict[str, Any]) -> str:
+    threshold = "nothing certified" if found["threshold"] is None else f"{found['threshold']:g}"
+    return f"{measure} {threshold} ({found['loss']} risk {found['max_risk']:g}, confidence {found['confidence']:g})"
+
+
 def print_description(found: dict[str, Any]) -> None:
     """`describe`'s facts as a table."""
     model, page, tokenizer = found["model"], found["kv_page"], found["tokenizer"]
@@ -90,6 +98,8 @@ def print_description(found: dict[str, Any]) -> None:
     exits = ", ".join(map(str, found["exit_layers"])) or "none"
     head = f", {found['exit_head']} heads" if found["exit_layers"] else ""
     ends = ", ".join(map(str, tokenizer["end_ids"])) or "none"
+    calibration = found["calibration"] or {"measures": {}}
+    promises = ", ".join(_promise(name, one) for name, one in calibration["measures"].items())
     rows = {
         "blocks": f"{model['n_layers']}",
         "exits after blocks": exits + head,
@@ -103,6 +113,7 @@ def print_description(found: dict[str, Any]) -> None:
         "tokenizer": f"{tokenizer['kind']}, {tokenizer['vocab_size']} ids, BOS {tokenizer['bos_id']}, "
         f"end {ends}, {'a' if tokenizer['chat_template'] else 'no'} chat template",
         "length heads": "none" if found["length_heads"] is None else "prompt, hidden",
+        "calibrated thresholds": promises or "none",
         "KV page": f"{page['page_size']} tokens, {size(page['bytes'])}; {size(page['bytes_per_token'])} a token, "
         f"{size(page['bytes_longest_sequence'])} for the longest sequence",
     }

@@ -7,6 +7,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Protocol
 
+from eejax.calibration import CalibratedThresholds
 from eejax.config import EngineConfig, is_number
 from eejax.errors import CapacityError, InvalidRequestError, TokenizerError
 from eejax.page_allocator import pages_needed
@@ -36,12 +37,14 @@ class Intake:
     Attributes:
         eos_ids: tokens that end an answer unless the request ignores them.
         num_pages: pages that one request may take at the most.
+        calibrated: where thresholds that are "calibrated" come from.
     """
 
     config: EngineConfig
     tokenizer: TextCodec | None
     eos_ids: frozenset[int]
     num_pages: int
+    calibrated: CalibratedThresholds
 
     def request(
         self,
@@ -88,7 +91,7 @@ class Intake:
                 f"{len(ids)} prompt tokens and {max_tokens} answer tokens need {needed} pages of "
                 f"{self.config.cache.page_size} tokens; the cache has {self.num_pages}"
             )
-        thresholds = params.early_exit.thresholds_for(model) if params.early_exit else ()
+        thresholds = self.calibrated.thresholds_for(params.early_exit, model) if params.early_exit else ()
         ends = frozenset() if params.ignore_eos else self.eos_ids
         request = Request(
             request_id=request_id,

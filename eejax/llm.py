@@ -15,11 +15,30 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from eejax.config import CacheConfig, EngineConfig, ModelConfig, PolicyName, SchedulerConfig, named_options
+from eejax.calibration import CalibratedThresholds
+from eejax.config import (
+    CacheConfig,
+    Choice,
+    EngineConfig,
+    FillMode,
+    ModelConfig,
+    PolicyName,
+    SchedulerConfig,
+    named_options,
+)
 from eejax.engine import Engine, EngineStats
 from eejax.errors import InvalidRequestError
 from eejax.length_predictor import LengthPredictor
-from eejax.options import Options, check, choose_predictor, default_num_pages, resolve_dtype, scheduler_config
+from eejax.options import (
+    Options,
+    check,
+    choose_predictor,
+    decode_config,
+    default_num_pages,
+    resolve_dtype,
+    scheduler_config,
+)
+from eejax.param_tree import leaves
 from eejax.params import SamplingParams
 from eejax.request import FinishReason, PromptLike, RequestOutput
 from eejax.tokenizer import Message, Tokenizer, chat_prompt, has_tokenizer, load_end_tokens, load_tokenizer
@@ -58,7 +77,10 @@ class LLM:
             far as memory allows (1 GiB on CPU).
         page_size: tokens per page.
         exit_layers: replaces the checkpoint's own exits. With `shared` heads any block can be one, else a subset.
+            Thresholds that were calibrated for the checkpoint's exits do not hold for others, and are refused.
         seed: seeds requests that bring no seed.
+        compaction, fill, rebatching: how a batch takes its exits, `DecodeConfig` says what each may be. Tokens are the
+            same under all.
         scheduler: a policy (`fcfs`, `length` or `static`), or a `SchedulerConfig`.
         length_predictor: an object that tells lengths, instead of the one that the scheduler's configuration names.
 
@@ -80,6 +102,9 @@ class LLM:
         seed: int = 0,
         scheduler: PolicyName | SchedulerConfig | None = None,
         length_predictor: LengthPredictor | None = None,
+        compaction: Choice = "auto",
+        fill: FillMode = "auto",
+        rebatching: Choice = "auto",
     ) -> None:
         options = Options(
             max_model_len=max_model_len,
@@ -90,6 +115,9 @@ class LLM:
             seed=seed,
             scheduler=scheduler,
             length_predictor=length_predictor,
+            compaction=compaction,
+            fill=fill,
+            rebatching=rebatching,
         )
         wanted = resolve_dtype(dtype)
         check(options)  # before anything is loaded
@@ -97,7 +125,7 @@ class LLM:
         tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None
         predictor = choose_predictor(options, folder, tokenizer)
         model, params = load_checkpoint(folder, dtype=wanted)
-        self._build(model, params, tokenizer, load_end_tokens(folder, tokenizer), options, predictor)
+        self._build(model, params, tokenizer, load_end_tokens(folder, tokenizer), options, predictor, folder)
 
     @classmethod
     def from_params(
@@ -131,6 +159,7 @@ class LLM:
         eos_ids: Collection[int],
         options: Options,
         predictor: LengthPredictor,
+        folder: Path | None = None,
     ) -> None:
         exit_layers = options.get("exit_layers")
         if exit_layers is not None:
@@ -148,11 +177,13 @@ class LLM:
             model=model,
             cache=CacheConfig(num_pages=num_pages, page_size=page_size),
             scheduler=scheduler,
+            decode=decode_config(options),
             max_model_len=length,
             seed=options.get("seed", 0),
         )
         self.tokenizer = tokenizer
-        self.engine = Engine(self.config, params, tokenizer, eos_ids, predictor=predictor)
+        calibrated = CalibratedThresholds(folder, lambda: leaves(self.engine.runner.params))
+        self.engine = Engine(self.config, params, tokenizer, eos_ids, predictor=predictor, calibrated=calibrated)
         self._news: dict[str, RequestOutput | None] = {}  # of open streams: the latest output that was not passed on
 
     def generate(

@@ -158,18 +158,33 @@ class Block(nnx.Module):
         return self._keys_values(rms_norm(self.attn_norm[...], x, self.config.norm_eps), positions, freq)
 
     def __call__[Cache](
-        self, x: Float[Array, "D *N"], positions: Int[Array, "*N"], freq: Array, attend: Attend[Cache], cache: Cache
+        self,
+        x: Float[Array, "D *N"],
+        positions: Int[Array, "*N"],
+        freq: Array,
+        attend: Attend[Cache],
+        cache: Cache,
+        beside: Float[Array, "D M"] | None = None,
     ) -> tuple[Float[Array, "D *N"], Float[Array, "D *N"], Cache]:
         """Run the block.
+
+        Args:
+            beside: states that do not go through the block, but whose K and V it makes, in the same product: `attend`
+                gets them behind those of `x`, and their `positions` stand behind those of `x`, which has one token axis
+                then.
 
         Returns:
             Its output; the residual between attention and MLP, which `mlp` exits read; the cache.
         """
         h = rms_norm(self.attn_norm[...], x, self.config.norm_eps)
-        q = self._queries(h, positions, freq)
-        k, v = self._keys_values(h, positions, freq)
+        mine, all_h = positions, h
+        if beside is not None and beside.shape[1]:
+            mine = positions[: x.shape[1]]
+            all_h = jnp.concatenate([h, rms_norm(self.attn_norm[...], beside, self.config.norm_eps)], axis=1)
+        q = self._queries(h, mine, freq)
+        k, v = self._keys_values(all_h, positions, freq)
         o, cache = attend(q, k, v, cache)
-        middle = x + linear(self.wo[...], o.reshape(-1, *positions.shape))
+        middle = x + linear(self.wo[...], o.reshape(-1, *mine.shape))
         out = middle + self.mlp(rms_norm(self.mlp_norm[...], middle, self.config.norm_eps))
         return out, middle, cache
 
@@ -301,7 +316,7 @@ class EarlyExitTransformer(nnx.Module):
         found: dict[int, Array] = {}
 
         def run(block: Block, x: Array, window: int | None) -> tuple[Array, Array]:
-            attend = functools.partial(_attend_causal, window=window)
+            attend = functools.partial(attend_causal, window=window)
             out, middle, _ = block(x, positions, freq, attend, None)
             return out, middle
 
@@ -313,7 +328,7 @@ class EarlyExitTransformer(nnx.Module):
         return found
 
 
-def _attend_causal(q: Array, k: Array, v: Array, cache: None, *, window: int | None) -> tuple[Array, None]:
+def attend_causal(q: Array, k: Array, v: Array, cache: None, *, window: int | None) -> tuple[Array, None]:
     """Causal attention within each row and window: `q [H, C, B, T]`, `k, v [K, C, B, T]`; softmax in float32."""
     heads, dim, rows, length = q.shape
     q = q.reshape(k.shape[0], heads // k.shape[0], dim, rows, length)

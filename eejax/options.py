@@ -9,7 +9,16 @@ from typing import TypedDict
 import jax
 import jax.numpy as jnp
 
-from eejax.config import ModelConfig, PolicyName, SchedulerConfig, require, require_positive_int
+from eejax.config import (
+    Choice,
+    DecodeConfig,
+    FillMode,
+    ModelConfig,
+    PolicyName,
+    SchedulerConfig,
+    require,
+    require_positive_int,
+)
 from eejax.errors import ConfigError
 from eejax.kv_cache import page_bytes
 from eejax.length_heads import load_length_heads
@@ -36,6 +45,9 @@ class Options(TypedDict, total=False):
     seed: int
     scheduler: PolicyName | SchedulerConfig | None
     length_predictor: LengthPredictor | None
+    compaction: Choice
+    fill: FillMode
+    rebatching: Choice
 
 
 def scheduler_config(options: Options) -> SchedulerConfig:
@@ -48,6 +60,13 @@ def scheduler_config(options: Options) -> SchedulerConfig:
         f"max_num_seqs is {slots!r}, and the scheduler's configuration says {scheduler.max_num_seqs}",
     )
     return scheduler
+
+
+def decode_config(options: Options) -> DecodeConfig:
+    """What `compaction`, `fill` and `rebatching` say together."""
+    return DecodeConfig(
+        options.get("compaction", "auto"), options.get("fill", "auto"), options.get("rebatching", "auto")
+    )
 
 
 def choose_predictor(options: Options, folder: Path | None, tokenizer: Tokenizer | None) -> LengthPredictor:
@@ -72,6 +91,7 @@ def check(options: Options) -> None:
     unknown = sorted(set(options) - set(names))
     require(not unknown, f"LLM has no option {', '.join(unknown)}; allowed: {', '.join(names)}")
     scheduler_config(options)
+    decode_config(options)
     exit_layers = options.get("exit_layers")
     require(
         exit_layers is None or isinstance(exit_layers, list | tuple),

@@ -11,8 +11,10 @@ from eejax.config import ModelConfig, is_number, named_options, require, require
 from eejax.errors import InvalidRequestError
 
 type Thresholds = float | list[float] | tuple[float, ...]
-Measure = Literal["softmax", "margin", "random"]
+Measure = Literal["softmax", "margin", "similarity", "classifier", "random"]
 
+CALIBRATED = "calibrated"
+"""A threshold that is looked up in the checkpoint: `eejax calibrate` stores it there."""
 MAX_CONFIDENCE = 1.0
 """No measure exceeds this, so a threshold above it is exactly full depth."""
 MAX_LOGPROBS = 20
@@ -58,21 +60,33 @@ class EarlyExitParams:
 
     Attributes:
         threshold: confidence at which a token leaves; one number, one per exit (ascending layers), or a
-            `DecayingThreshold`. Above 1 no token ever leaves: exactly full depth.
-        measure: `softmax` (top probability), `margin` (top minus second probability), both of the untempered
-            distribution; or `random`, a seeded uniform number per token that asks no head (a threshold of 0.3 lets
-            70 % of tokens leave): a baseline, and the means to replay an exit distribution on any weights.
+            `DecayingThreshold`. Above 1 no token ever leaves: exactly full depth. `"calibrated"` is the threshold that
+            `eejax calibrate` certified for this measure and stored in the checkpoint. Its promise, an expected loss of
+            at most `max_risk` with the confidence asked for, is about greedy answers with the `max_tokens` of the
+            calibration to prompts like its prompts. Results do not depend on the batch, so it holds in every batch.
+        measure: of a row's confidence at an exit (CALM, arXiv 2207.07061, sec. 3.3).
+            `softmax` (top probability) and `margin` (top minus second probability), both of the untempered
+            distribution, ask the exit's head.
+            `similarity` (cosine of the hidden states behind and before the exit's block) and `classifier` (what the
+            exit's linear probe, trained by `eejax tune-exits`, says) ask none: one vocabulary projection a token.
+            `random`, a seeded uniform number per token, asks no head either (a threshold of 0.3 lets 70 % of tokens
+            leave): a baseline, and the means to replay an exit distribution on any weights.
         exit_layers: use only these of the model's exits; all when None.
         min_layers: blocks every token runs at least.
     """
 
-    threshold: Thresholds | DecayingThreshold = 0.9
+    threshold: Thresholds | DecayingThreshold | Literal["calibrated"] = 0.9
     measure: Measure = "softmax"
     exit_layers: Sequence[int] | None = None
     min_layers: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.threshold, DecayingThreshold):
+        if isinstance(self.threshold, str):
+            require(
+                self.threshold == CALIBRATED,
+                f"EarlyExitParams.threshold must be numbers or {CALIBRATED!r}, got {self.threshold!r}",
+            )
+        elif not isinstance(self.threshold, DecayingThreshold):
             object.__setattr__(self, "threshold", _checked_thresholds("EarlyExitParams.threshold", self.threshold))
         allowed = get_args(Measure)
         require(
@@ -96,10 +110,18 @@ class EarlyExitParams:
         """One threshold per exit of `model`, `inf` where this request may not leave.
 
         Raises:
-            InvalidRequestError: the model lacks one of `exit_layers`, `min_layers` exceeds its depth, or the number
-                of thresholds differs from the number of exits used.
+            InvalidRequestError: the model lacks one of `exit_layers` or the probes that `classifier` asks, `min_layers`
+                exceeds its depth, the number of thresholds differs from the number of exits used, or the threshold is
+                "calibrated", which only a loaded model can look up (`CalibratedThresholds`).
         """
         layers = model.exits.layers
+        if isinstance(self.threshold, str):
+            raise InvalidRequestError(f"the threshold is {self.threshold!r}; here a number is needed")
+        if self.measure == "classifier" and not model.exits.probes:
+            raise InvalidRequestError(
+                f"measure 'classifier' needs a probe at each of the exits {list(layers)}, and this model has none: "
+                "eejax tune-exits trains them"
+            )
         used = layers if self.exit_layers is None else self.exit_layers
         unknown = [layer for layer in used if layer not in layers]
         if unknown:

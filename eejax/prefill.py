@@ -16,9 +16,10 @@ from eejax.config import ModelConfig
 from eejax.control_flow import run_if
 from eejax.exits import token_keys
 from eejax.kv_cache import PagedKVCache, slots_of, write
+from eejax.kv_fill import fill
 from eejax.model import bind
 from eejax.sampling import TokenLogprobs
-from eejax.step import Rows, fill
+from eejax.step import Rows
 from pallas_kernels import paged_prefill_attention
 
 

@@ -157,7 +157,8 @@ class MicroBatch:
     Attributes:
         n_steps: decode steps at the most; every row has pages for that many more tokens.
         yield_on_free: hand back control as soon as a row finishes, because somebody waits for its slot.
-        width: rows that the device computes at least; a static batch computes those that are done along.
+        width: rows that the batch has at least; a static batch keeps the places of those that are done.
+        hold: rows to gather at an exit before those that did not leave go on (1: hold nobody).
     """
 
     kind: Literal["prefill", "decode"]
@@ -165,6 +166,7 @@ class MicroBatch:
     n_steps: int = 0
     yield_on_free: bool = False
     width: int = 0
+    hold: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +191,10 @@ class StepResult:
         steps: decode steps run (0 for prefill).
         blocks_run: blocks executed for the batch as a whole.
         heads_run: vocabulary projections executed.
-        row_steps: rows that the device computed in each decode step, padding included, summed over steps.
+        row_steps: rows of the batch, padding included, summed over steps.
+        row_blocks: rows that the device computed in each block it ran, padding included, summed over blocks.
+        row_heads: the same for vocabulary projections.
+        fills: blocks whose K and V projection ran for fill-in alone.
     """
 
     rows: tuple[RowResult, ...]
@@ -197,6 +202,9 @@ class StepResult:
     blocks_run: int = 0
     heads_run: int = 0
     row_steps: int = 0
+    row_blocks: int = 0
+    row_heads: int = 0
+    fills: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from eejax.buckets import bucket_of, segment_buckets
 from eejax.config import MIN_PREFILL_BUCKET, EngineConfig
 from eejax.decode import decode_chunk
 from eejax.exits import MEASURES, ExitRows
@@ -27,15 +28,11 @@ from eejax.params import DecayingThreshold
 from eejax.prefill import prefill
 from eejax.request import Logprob, MicroBatch, RowResult, Sequence, StepResult
 from eejax.sampling import SamplingRows, TokenLogprobs
-from eejax.step import DecodeState, Rows
+from eejax.scoring import Scores, check_text, score_text
+from eejax.step import COUNTERS, DecodeState, Plan, Rows
 
 MAX_DEVICE_STOP_IDS = 8
 """Stop ids tested on the device. The host tests all of them, so more cost a few wasted steps, not correctness."""
-
-
-def bucket_of(count: int, smallest: int = 1) -> int:
-    """The power of two that holds `count`, at least `smallest`."""
-    return max(smallest, 1 << (count - 1).bit_length())
 
 
 def default_dtype() -> jnp.dtype:
@@ -119,6 +116,20 @@ class Runner:
         first = MIN_PREFILL_BUCKET.bit_length() - 1
         return [1 << i for i in range(first, top.bit_length())]
 
+    @property
+    def compacts(self) -> bool:
+        """Whether rows that have left are not computed any further.
+
+        By default on CPU, where a block costs more with every row (`python -m bench buckets`), so that a smaller bucket
+        pays as soon as it holds the rows. On a GPU nothing has been measured yet, and it does not.
+        """
+        wish = self.config.decode.compaction
+        return wish == "always" or (wish == "auto" and jax.default_backend() == "cpu")
+
+    def _defers(self, bucket: int) -> bool:
+        """Whether fill-in is deferred in batches of `bucket` rows."""
+        return self.config.decode.fill == "deferred"
+
     def warm_up(self) -> None:
         """Compile every bucket now, so that no request ever waits for a compilation."""
         for bucket in self.prefill_buckets:
@@ -140,10 +151,11 @@ class Runner:
         """The compiled decode chunk for `bucket` rows (its `memory_analysis()` tells what it needs)."""
 
         def lower() -> jax.stages.Lowered:
-            chunk = functools.partial(decode_chunk, self.config.model, self.config.scheduler.max_chunk_steps)
+            plan = Plan(segment_buckets(bucket, self.compacts), self._defers(bucket))
+            chunk = functools.partial(decode_chunk, self.config.model, self.config.scheduler.max_chunk_steps, plan)
             rows, state = self._rows((), bucket), self._state((), bucket)
             return jax.jit(chunk, donate_argnums=1).lower(
-                self.params, self.cache, rows, state, np.int32(1), np.bool_(False)
+                self.params, self.cache, rows, state, np.int32(1), np.int32(1), np.bool_(False)
             )
 
         return self._compiled.get("decode", bucket, lower)
@@ -193,23 +205,34 @@ class Runner:
             self._rows(batch.rows, bucket),
             self._state(batch.rows, bucket),
             np.int32(batch.n_steps),
+            np.int32(batch.hold),
             np.bool_(batch.yield_on_free),
         )
         packed = np.asarray(out.packed)
-        steps, blocks, heads = (int(n) for n in packed[-3:])
-        tokens, depths = packed[:-3].reshape(2, height, bucket)[:, :steps, :count]
+        split = len(packed) - len(COUNTERS)
+        counts = dict(zip(COUNTERS, packed[split:].tolist(), strict=True))
+        tokens, depths = packed[:split].reshape(2, height, bucket)[:, : counts["steps"], :count]
         wanted = [seq.request.params.logprobs for seq in batch.rows]
         report = jax.device_get(out.logprobs) if any(w is not None for w in wanted) else None
         results = []
         for row in range(count):
-            used = int(np.sum(depths[:, row] > 0))
-            ids = tuple(tokens[:used, row].tolist())
+            used = np.flatnonzero(depths[:, row])  # passes that gave it a token
+            ids = tuple(tokens[used, row].tolist())
             logprobs: tuple[dict[int, Logprob], ...] = ()
             if report is not None and (top := wanted[row]) is not None:
-                at = [jax.tree.map(lambda leaf, i=i: leaf[i], report) for i in range(used)]
+                at = [jax.tree.map(lambda leaf, i=i: leaf[i], report) for i in used]
                 logprobs = tuple(_logprobs(one, token, row, top) for one, token in zip(at, ids, strict=True))
-            results.append(RowResult(ids, tuple(depths[:used, row].tolist()), logprobs))
-        return StepResult(tuple(results), steps=steps, blocks_run=blocks, heads_run=heads, row_steps=bucket * steps)
+            results.append(RowResult(ids, tuple(depths[used, row].tolist()), logprobs))
+        return StepResult(
+            tuple(results),
+            steps=counts["steps"],
+            blocks_run=counts["blocks"],
+            heads_run=counts["heads"],
+            row_steps=bucket * counts["steps"],
+            row_blocks=counts["row_blocks"],
+            row_heads=counts["row_heads"],
+            fills=counts["fills"],
+        )
 
     def _rows(self, seqs: Seq[Sequence], bucket: int) -> Rows:
         """Per-row parameters as arrays; rows behind `seqs` are padding."""
@@ -252,6 +275,49 @@ class Runner:
         for i, seq in enumerate(seqs):
             columns[:, i] = seq.output_token_ids[-1], seq.num_tokens - 1, len(seq.output_token_ids), seq.remaining
         return DecodeState(*map(_host, columns), live=_host(np.arange(bucket) < len(seqs)))
+
+    def score(
+        self,
+        token_ids: Seq[int],
+        thresholds: Seq[float] | None = None,
+        measure: str = "softmax",
+        start: int = 0,
+    ) -> Scores:
+        """What the model would have chosen behind every token of a text, each run as deep as decoding would run it.
+
+        Nothing of the cache is read or written. Compiled for lengths in powers of two.
+
+        Args:
+            token_ids: the text (T tokens), from position 0.
+            thresholds: one per exit; `inf` lets none leave there. All tokens run at full depth when None.
+            measure: of confidence; all but `random`, which draws for requests.
+            start: tokens before it, a prompt's, run at full depth.
+
+        Returns:
+            NumPy arrays `[T]`; token `t` of the text was drawn from what stands at `t - 1`.
+
+        Raises:
+            InvalidRequestError: the text is empty or longer than `max_model_len` or holds unknown tokens, `start` lies
+                outside it, the number of thresholds differs from the number of exits, or this model cannot be asked
+                for `measure`.
+        """
+        model, count = self.config.model, len(token_ids)
+        limits = check_text(model, self.config.max_model_len, token_ids, thresholds, measure, start)
+        tokens = np.zeros(bucket_of(count, MIN_PREFILL_BUCKET), np.int32)
+        tokens[:count] = token_ids
+        limit, which = np.asarray(limits, np.float32), np.int32(MEASURES.index(measure))
+        program = self._score_program(len(tokens))
+        scores = program(self.params, tokens, np.int32(count), np.int32(start), limit, which)
+        return jax.tree.map(lambda leaf: np.asarray(leaf)[:count], scores)
+
+    def _score_program(self, bucket: int) -> jax.stages.Compiled:
+        def lower() -> jax.stages.Lowered:
+            tokens, limits = np.zeros(bucket, np.int32), np.zeros(len(self.config.model.exits.layers), np.float32)
+            zero = np.int32(0)
+            score = jax.jit(functools.partial(score_text, self.config.model))
+            return score.lower(self.params, tokens, zero, zero, limits, zero)
+
+        return self._compiled.get("score", bucket, lower)
 
 
 def _host(array: np.ndarray) -> jax.Array:

@@ -21,10 +21,11 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from eejax.config import SchedulerConfig, require_positive_int
+from eejax.config import Choice, SchedulerConfig, require_positive_int
 from eejax.length_policy import LengthPolicy
 from eejax.page_allocator import OutOfPages, PageAllocator
 from eejax.policy import FirstComeFirstServed, Policy, Static
+from eejax.rebatching import rows_to_gather
 from eejax.request import FinishReason, MicroBatch, RowResult, Sequence, StepResult
 from eejax.step_cost import StepCost
 from eejax.waiting_queue import WaitingQueue
@@ -50,6 +51,7 @@ class Scheduler:
         page_size: tokens of one page.
         policy: instead of the one that `config` names.
         cost: what decode steps cost, for policies that ask; whoever times the steps teaches it.
+        rebatching: as in `DecodeConfig`.
     """
 
     def __init__(
@@ -60,12 +62,15 @@ class Scheduler:
         page_size: int,
         policy: Policy | None = None,
         cost: StepCost | None = None,
+        rebatching: Choice = "never",
     ) -> None:
         require_positive_int("Scheduler", page_size=page_size)
         self._config = config
         self._allocator = allocator
         self._page_size = page_size
-        self._policy = policy or make_policy(config, page_size=page_size, cost=cost or StepCost())
+        self._cost = cost or StepCost()
+        self._rebatching = rebatching
+        self._policy = policy or make_policy(config, page_size=page_size, cost=self._cost)
         self._waiting = WaitingQueue(self._policy.window)
         self._held: list[Sequence] = []
         self._in_flight: MicroBatch | None = None
@@ -252,7 +257,21 @@ class Scheduler:
                 self._num_parkings += 1
         self._decoded_last = decoding
         yields = len(chosen.rows) < len(self._held) or self._someone_could_follow(chosen.rows)
-        return MicroBatch("decode", tuple(chosen.rows), n_steps, yield_on_free=yields, width=chosen.width)
+        return MicroBatch(
+            "decode",
+            tuple(chosen.rows),
+            n_steps,
+            yield_on_free=yields,
+            width=chosen.width,
+            hold=self._hold(chosen.rows),
+        )
+
+    def _hold(self, rows: list[Sequence]) -> int:
+        """Rows to gather at an exit: by default only where nobody's latency but the held rows' own pays for it."""
+        if self._rebatching == "always":
+            return max(2, len(rows) // 4)
+        full = len(rows) >= self._config.max_num_seqs and bool(self._waiting)
+        return rows_to_gather(rows, self._cost, self._page_size) if full and self._rebatching == "auto" else 1
 
     def _steps_that_fit(self, rows: list[Sequence], longest: int) -> int:
         """The longest chunk that all rows have pages for, of `longest` and its halvings; 0 if there is none."""

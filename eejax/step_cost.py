@@ -1,7 +1,8 @@
 """What a decode step costs, learnt from the steps that were run, and when it pays to run rows apart. No jax here.
 
 The device computes a step for a power of two of rows, visits as many pages for each row as the longest one has, and
-runs blocks until the last row is resolved. So a long or deep row makes every other row's token dearer.
+runs blocks until the last row is resolved: with all rows, or, where it compacts, with those that are left. So a long
+row makes every other row's token dearer, and a deep one reads the weights of blocks that others need not.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+
+from eejax.buckets import bucket_of, segment_bucket
 
 FORGET = 0.995
 """Weight of the past against each new observation: machines and loads change."""
@@ -26,19 +29,28 @@ class Rows:
         pages: of the longest.
         depths: shares of the network after which a row may leave, ascending, the last one 1; the same for all rows.
         resolved: for each of `depths` the probability that all of the rows have left there.
+        left: for each of `depths` how many of the rows are expected to have left there; `count * resolved` when empty,
+            which is right for one row.
     """
 
     count: int
     pages: int
     depths: tuple[float, ...] = (1.0,)
     resolved: tuple[float, ...] = (1.0,)
+    left: tuple[float, ...] = ()
 
     def join(self, other: Rows) -> Rows:
         """Both in one batch: it goes as deep as the deeper of the two, which are independent."""
-        resolved = self.resolved
+        resolved, left = self.resolved, ()
         if len(resolved) > 1:
             resolved = tuple(a * b for a, b in zip(resolved, other.resolved, strict=True))
-        return Rows(self.count + other.count, max(self.pages, other.pages), self.depths, resolved)
+            left = tuple(a + b for a, b in zip(self.rows_left, other.rows_left, strict=True))
+        return Rows(self.count + other.count, max(self.pages, other.pages), self.depths, resolved, left)
+
+    @property
+    def rows_left(self) -> tuple[float, ...]:
+        """`left`, or what stands for it."""
+        return self.left or tuple(self.count * share for share in self.resolved)
 
     @property
     def expected_depth(self) -> float:
@@ -49,26 +61,53 @@ class Rows:
             below = resolved
         return total
 
+    def row_depth(self, compacts: bool) -> float:
+        """Expected rows computed, padding included, mean over all blocks."""
+        bucket = bucket_of(self.count)
+        if not compacts:
+            return bucket * self.expected_depth
+        total, above, resolved, left = 0.0, 0.0, 0.0, 0.0
+        for i, depth in enumerate(self.depths):
+            if (entered := 1.0 - resolved) > 0:  # rows that go on, where some do
+                width = segment_bucket(bucket, True, min(self.count, math.ceil((self.count - left) / entered - 1e-9)))
+                total += (depth - above) * entered * width
+            above, resolved, left = depth, self.resolved[i], self.rows_left[i]
+        return total
+
 
 class StepCost:
-    """Seconds of a decode step: `(fixed + per_row * B + per_page * B * pages) * depth`, where B is the bucket.
+    """Seconds of a decode step: `fixed * depth + (per_row + per_page * pages) * row_depth`.
+
+    `depth` is the share of the network's blocks that run, `row_depth` the rows computed, mean over all blocks: `B *
+    depth` without compaction, where B is the bucket.
 
     Until enough steps of different shapes were observed, a step costs the same whatever it holds, so that nothing is
     run apart.
+
+    Args:
+        compacts: rows that have left are not computed any further.
     """
 
-    def __init__(self, fixed: float = 1.0, per_row: float = 0.0, per_page: float = 0.0) -> None:
+    def __init__(
+        self, fixed: float = 1.0, per_row: float = 0.0, per_page: float = 0.0, *, compacts: bool = False
+    ) -> None:
+        self.compacts = compacts
         self._cost = np.array([fixed, per_row, per_page])
         self._squares = np.zeros((3, 3))
         self._products = np.zeros(3)
         self._observations = 0
         self._stale = False
 
-    def observe(self, rows: Rows, seconds: float) -> None:
-        """Learn from one step: a least-squares fit of relative errors, the past forgotten slowly."""
+    def observe(self, depth: float, row_depth: float, pages: int, seconds: float) -> None:
+        """Learn from one step: a least-squares fit of relative errors, the past forgotten slowly.
+
+        Args:
+            depth, row_depth: as counted, see the class.
+            pages: of the longest row.
+        """
         if not 0 < seconds < math.inf:
             return
-        x = _features(rows) / seconds
+        x = np.array([depth, row_depth, row_depth * pages]) / seconds
         self._squares = FORGET * self._squares + np.outer(x, x)
         self._products = FORGET * self._products + x
         self._observations += 1
@@ -82,10 +121,13 @@ class StepCost:
 
     def seconds(self, rows: Rows) -> float:
         """Expected time of one step."""
+        return self.seconds_of(rows.expected_depth, rows.row_depth(self.compacts), rows.pages)
+
+    def seconds_of(self, depth: float, row_depth: float, pages: int) -> float:
+        """Expected time of what counts so much, see the class."""
         self._refresh()
         fixed, per_row, per_page = self._cost
-        bucket = _bucket(rows.count)
-        return float((fixed + bucket * (per_row + per_page * rows.pages)) * rows.expected_depth)
+        return float(fixed * depth + (per_row + per_page * pages) * row_depth)
 
     def apart(self, rows: Rows) -> tuple[float, int]:
         """The cheapest way to bring each of these rows one token: seconds, and how many of them to run first.
@@ -135,12 +177,3 @@ class StepCost:
                 self._cost[used] = found
                 return
             used = [index for index in used if index not in negative]
-
-
-def _bucket(count: int) -> int:
-    return 1 << (count - 1).bit_length()
-
-
-def _features(rows: Rows) -> np.ndarray:
-    bucket = _bucket(rows.count)
-    return np.array([1.0, bucket, bucket * rows.pages]) * rows.expected_depth

@@ -54,6 +54,7 @@ SHAPES: dict[str, dict] = {
     "qk_norm": {"qk_norm": True},
     "llama3_rope": {"rope_scaling": LLAMA3},
     "tied_embeddings": {"tie_embeddings": True},
+    "probes": {"n_layers": 3, "exits": ExitConfig((1, 2), probes=True)},
     "window": {"sliding_window": 5},
     "window_above": {"sliding_window": 11, "sliding_from": 2, "n_layers": 3, "exits": ExitConfig((1, 2))},
     "odd_sizes": {
@@ -154,8 +155,15 @@ def thresholds_letting(
     Measured on `texts` at full depth; on one random text when not given.
     """
     texts = [random_prompt(config, 48, 1000)] if texts is None else texts
-    logits = [Reference(config, params).full_depth(text) for text in texts]
-    found = {e: [confidence(measure, row) for one in logits for row in one[e]] for e in config.exits.layers}
+    watched = [Reference(config, params).watch(text) for text in texts]
+    found = {
+        e: [
+            confidence(measure, seen[e].at(i))
+            for seen, text in zip(watched, texts, strict=True)
+            for i in range(len(text))
+        ]
+        for e in config.exits.layers
+    }
     return tuple(float(np.quantile(found[e], 1 - share)) for e in config.exits.layers)
 
 

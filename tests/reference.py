@@ -52,6 +52,24 @@ class ReferenceResult:
     logprobs: tuple[float, ...]
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What a confidence is computed from, for the newest tokens at one exit point, one row each.
+
+    before, behind: the states that entered the block before the exit, and that it put out; probe: log-odds.
+    """
+
+    logits: np.ndarray
+    before: np.ndarray
+    behind: np.ndarray
+    probe: np.ndarray | None = None
+
+    def at(self, row: int) -> Seen:
+        return Seen(
+            self.logits[row], self.before[row], self.behind[row], None if self.probe is None else self.probe[row]
+        )
+
+
 def float_tree(tree, dtype=np.float64):
     """The parameter tree with every leaf as a NumPy array of `dtype` (bfloat16 widens exactly)."""
     if isinstance(tree, dict):
@@ -160,9 +178,9 @@ class Reference:
         middle = x + np.concatenate(heads, axis=-1) @ block["wo"].T
         return middle + swiglu(block["mlp"], rms_norm(block["mlp_norm"], middle, config.norm_eps)), middle
 
-    def logits(self, layer: int, x, middle):
-        """Logits after block `layer`, given its output and the residual before its MLP."""
-        config, params = self.config, self.params
+    def see(self, layer: int, before, behind, middle) -> Seen:
+        """After block `layer`, given what entered it, what came out, and the residual before its MLP."""
+        config, params, x = self.config, self.params, behind
         output = params["embedding"] if config.tie_embeddings else params["output"]
         norm = params["norm"]
         if layer < config.n_layers and config.exits.head != "shared":
@@ -175,17 +193,27 @@ class Reference:
                 x = middle + swiglu(head["mlp"], rms_norm(mlp_norm, middle, config.norm_eps))
             if config.exits.head == "block":
                 x, _ = self.transform(head["block"], self.at_exit[layer], len(x))
-        return (x if norm is None else rms_norm(norm, x, config.norm_eps)) @ output.T
+        features = x if norm is None else rms_norm(norm, x, config.norm_eps)
+        probe = None
+        if layer < config.n_layers and config.exits.probes:
+            head = params["exits"][f"after_{layer}"]
+            probe = features @ head["probe_weight"] + head["probe_bias"]
+        return Seen(features @ output.T, before, behind, probe)
 
     def full_depth(self, token_ids: Sequence[int]) -> dict[int, np.ndarray]:
         """Run tokens through every block. Returns logits `[tokens, V]` at every exit point."""
+        return {layer: seen.logits for layer, seen in self.watch(token_ids).items()}
+
+    def watch(self, token_ids: Sequence[int]) -> dict[int, Seen]:
+        """The same, with all there is to see at every exit point."""
         x = self.params["embedding"][np.asarray(token_ids, int)]
         found = {}
         for index in range(self.config.n_layers):
+            before = x
             x, middle = self.run_block(index, x)
             self.arrive(index + 1, x)
             if index + 1 in self.config.exit_points:
-                found[index + 1] = self.logits(index + 1, x, middle)
+                found[index + 1] = self.see(index + 1, before, x, middle)
         return found
 
     def arrive(self, layer: int, x) -> None:
@@ -194,28 +222,35 @@ class Reference:
             self.at_exit[layer] = np.concatenate([self.at_exit[layer], x])
 
     def step(self, token_id: int, leave) -> tuple[np.ndarray, int]:
-        """Run one token until `leave(exit_layer, logits)` says so. Returns its logits `[V]` and the exit layer."""
+        """Run one token until `leave(exit_layer, seen)` says so. Returns its logits `[V]` and the exit layer."""
         config = self.config
         x = self.params["embedding"][[token_id]]
         for index in range(config.n_layers):
+            before = x
             x, middle = self.run_block(index, x)
             layer = index + 1
             self.arrive(layer, x)
             if layer == config.n_layers:
-                return self.logits(layer, x, middle)[0], layer
+                return self.see(layer, before, x, middle).logits[0], layer
             if layer in config.exits.layers:
-                logits = self.logits(layer, x, middle)[0]
-                if leave(layer, logits):
+                seen = self.see(layer, before, x, middle).at(0)
+                if leave(layer, seen):
                     for above in range(layer, config.n_layers):
                         self.entering[above] = np.concatenate([self.entering[above], x])
                         self.arrive(above + 1, x)
-                    return logits, layer
+                    return seen.logits, layer
         raise AssertionError("a model has at least one block")
 
 
-def confidence(measure: str, logits) -> float:
-    """Top probability (`softmax`), or top minus second probability (`margin`)."""
-    second, first = np.sort(softmax(logits))[-2:]
+def confidence(measure: str, seen: Seen) -> float:
+    """Top probability (`softmax`), or top minus second probability (`margin`), both over the exit's distribution;
+    cosine of the states on both sides of the exit's block (`similarity`); what the probe says (`classifier`)."""
+    if measure == "similarity":
+        lengths = np.linalg.norm(seen.before) * np.linalg.norm(seen.behind)
+        return float(seen.before @ seen.behind / lengths)
+    if measure == "classifier":
+        return float(1 / (1 + np.exp(-seen.probe)))
+    second, first = np.sort(softmax(seen.logits))[-2:]
     if measure == "softmax":
         return float(first)
     assert measure == "margin", f"the reference has no measure {measure!r}"
@@ -262,14 +297,14 @@ def generate(
     logprobs: list[float] = []
     logit_margin = confidence_margin = math.inf
 
-    def leave(layer: int, logits) -> bool:
+    def leave(layer: int, seen: Seen) -> bool:
         nonlocal confidence_margin
         if early_exit is None:
             return False
         threshold = threshold_at(early_exit, config, layer, len(tokens), max_tokens)
         if math.isinf(threshold):
             return False
-        found = confidence(early_exit.measure, logits)
+        found = confidence(early_exit.measure, seen)
         if threshold > 0:  # every confidence reaches 0, however it is rounded
             confidence_margin = min(confidence_margin, abs(found - threshold))
         return found >= threshold

@@ -25,7 +25,7 @@ from bench.cost import (
 from bench.rounds import Answer, Round, request_params, run_round
 from bench.shapes import SHAPES, shape
 from eejax import ConfigError, EarlyExitParams, InvalidRequestError
-from eejax.config import ExitConfig, ModelConfig
+from eejax.config import DecodeConfig, ExitConfig, ModelConfig
 from eejax.model import count_params, init_params
 
 COST = ModelCost(
@@ -33,6 +33,7 @@ COST = ModelCost(
     block_params=100,
     fill_params=10,
     head_params={4: 50, 8: 50, 12: 50},
+    body_params={4: 5, 8: 5},
     kv_per_token=2,
     attention_ops=8,
     itemsize=4,
@@ -41,11 +42,11 @@ CEILING = common.Ceiling(bandwidth=1000.0, working_set=2**30, arithmetic=10_000.
 
 
 def answer(*exit_layers: int, input_len: int = 5, first: float = 1.0, finish: float = 3.0) -> Answer:
-    return Answer(input_len, exit_layers, arrival=0.0, first_token=first, finish=finish)
+    return Answer(input_len, exit_layers, arrival=0.0, first_token=first, finish=finish, token_ids=exit_layers)
 
 
 def one_round(*answers: Answer, seconds: float = 4.0, steps: int = 2, blocks: int = 16, heads: int = 2) -> Round:
-    return Round(seconds, answers, preemptions=0, steps=steps, blocks_run=blocks, heads_run=heads, compilations=0)
+    return Round(seconds, answers, 0, steps, blocks, heads, row_blocks=blocks * len(answers), fills=0, compilations=0)
 
 
 def test_costs_are_counted_from_the_real_parameters() -> None:
@@ -79,12 +80,26 @@ def test_heads_asked_on_the_way() -> None:
     assert heads_asked(points, limits, "margin", 12) == (4, 8, 12)
     assert heads_asked(points, (math.inf, 0.5), "softmax", 12) == (8, 12)
     assert heads_asked(points, (math.inf, math.inf), "softmax", 12) == (12,)
-    assert heads_asked(points, limits, "random", 12) == (12,)
+    for cheap in ("random", "similarity", "classifier"):
+        assert heads_asked(points, limits, cheap, 12) == (12,)
+        assert heads_asked(points, limits, cheap, 4) == (4,)
 
 
 def test_decoded_tokens_leave_out_the_first() -> None:
     found = decoded_tokens((12, 4, 8), 5, (4, 8, 12), (0.5, 0.5), "softmax")
     assert found == [TokenCost(4, 6, (4,)), TokenCost(8, 7, (4, 8))]
+
+
+def test_a_probe_is_asked_at_every_exit_before_the_last() -> None:
+    limits = (0.5, math.inf)
+    assert decoded_tokens((12, 4, 12), 5, (4, 8, 12), limits, "classifier") == [
+        TokenCost(4, 6, (4,)),  # its head holds what the probe read
+        TokenCost(12, 7, (12,), probes=(4,)),
+    ]
+    assert decoded_tokens((12, 12), 5, (4, 8, 12), limits, "similarity") == [TokenCost(12, 6, (12,))]
+    token = TokenCost(12, 7, (12,), probes=(4, 8))
+    assert COST.token_ops(token) == 12 * (200 + 7 * 8) + 2 * (50 + 5 + 5)
+    assert COST.token_bytes(token) == 4 * (12 * (100 + 7 * 2) + 50 + 5 + 5)
 
 
 def test_ideal_speedups_by_hand() -> None:
@@ -110,7 +125,14 @@ def test_latency_figures_on_known_times() -> None:
     by_hand = 4 * (8 * 100 + 1 * 50 + 2 * (4 * 6 + 12 * 7) / 2)
     assert found["bytes_per_step"] == pytest.approx(by_hand)
     assert found["share_of_bandwidth_bound"] == pytest.approx(by_hand / 1000 / 2)
+    assert found["row_blocks_over_full_depth"] == pytest.approx(16 / (2 * 12))
     assert found["operations_per_step"] == sum(map(COST.token_ops, tokens)) / 2
+
+
+def test_a_mode_beside_the_bandwidth_over_its_own_bytes() -> None:
+    mode = {"bytes_per_step": 3e9, "time_per_output_token_ms": {"p50": 2000.0}}
+    found = latency.at_own_bandwidth(mode, rate=2e9)
+    assert found == {"own_bandwidth_gb_s": 2.0, "share_of_own_bandwidth_bound": pytest.approx(0.75)}
 
 
 def test_decode_window_of_a_batch() -> None:
@@ -138,6 +160,7 @@ def test_throughput_figures_on_known_times() -> None:
     found = throughput.summary(rounds, tokens, COST, CEILING)
     assert (found["requests_per_s"], found["output_tokens_per_s"], found["total_tokens_per_s"]) == (1.0, 2.5, 8.5)
     assert (found["rows_per_step"], found["blocks_full_depth"], found["output_tokens"]) == (1.5, 24, 5)
+    assert found["row_blocks_over_full_depth"] == pytest.approx(40 / (3 * 12))
     ops = sum(map(COST.token_ops, tokens)) + prefill_ops(COST, 5) + prefill_ops(COST, 7)
     assert found["arithmetic_bound_s"] == pytest.approx(ops / 10_000)
     assert found["latency_s"]["p50"] == pytest.approx(2.5)
@@ -191,6 +214,17 @@ def test_early_exit_options() -> None:
         chosen("--replay", "0.5,0.2", "--threshold", "0.5")
     with pytest.raises(ConfigError, match="do not exist"):
         chosen("--exit-layers", "2,6")
+
+
+def test_decode_options() -> None:
+    def decode(*flags: str) -> DecodeConfig:
+        return common.decode_of(throughput.parser().parse_args(["--random", "tiny", *flags]))
+
+    assert decode() == DecodeConfig()
+    asked = decode("--compaction", "never", "--fill", "deferred", "--rebatching", "always")
+    assert asked == DecodeConfig("never", "deferred", "always")
+    chosen = common.ModelOptions.of(latency.parser().parse_args(["--random", "tiny"]))
+    assert chosen.build(max_model_len=16, max_num_seqs=1, decode=asked).config.decode == asked
 
 
 def test_shapes_have_the_sizes_they_are_named_after() -> None:

@@ -19,6 +19,7 @@ COST = ModelCost(
     block_params=100,
     fill_params=10,
     head_params={2: 130, 4: 130, 6: 50},
+    body_params={2: 80, 4: 80},
     kv_per_token=2,
     attention_ops=8,
     itemsize=4,
@@ -45,6 +46,7 @@ def test_heads_are_counted_from_the_real_parameters(head, tied, norm, probes):
     mlp, block = 3 * 8 * 12, count_params(param_shapes(model(ExitConfig()))["blocks"][0])
     body = {"norm": 0, "mlp": mlp, "block": block}[head]
     assert cost.head_params == {1: body + matrix + norm * vector, 3: matrix + vector}
+    assert cost.body_params == {1: body + norm * vector}
     assert cost.block_exits == ((1,) if head == "block" else ())
 
 
@@ -77,6 +79,13 @@ def test_positions_read_by_hand(exit_layer, context, heads, positions):
     assert COST.kv_positions(token) == positions
     assert COST.token_bytes(token) == 4 * (weights + 2 * positions)
     assert COST.token_ops(token) == 2 * weights + 8 * positions
+
+
+def test_a_probe_runs_its_exit_s_own_block():
+    asked, probed = TokenCost(6, 20, (2, 6)), TokenCost(6, 20, (6,), probes=(2,))
+    assert COST.kv_positions(probed) == COST.kv_positions(asked)
+    assert COST.fill_bytes(probed) == COST.fill_bytes(asked)
+    assert COST.token_ops(asked) - COST.token_ops(probed) == 2 * (130 - 80)
 
 
 def test_exits_that_were_not_asked_are_filled_in():

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eejax.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from eejax.config import CacheConfig, DecodeConfig, EngineConfig, ModelConfig, SchedulerConfig
 from eejax.engine import Engine
 from eejax.errors import InvalidRequestError
 from eejax.params import DecayingThreshold, EarlyExitParams, SamplingParams
@@ -29,6 +29,7 @@ from tests.reference import generate, replay, softmax, threshold_at
 
 DEMO = Path(__file__).parent.parent / "checkpoints" / "demo"
 MAX_LEN = 48
+AUTO = DecodeConfig()
 LOGPROB_TOLERANCE = 1e-3
 """Logits have a size of about 3, so float32 is off by 1e-5 or so. One wrong K or V shows in the first digits, even
 where it leaves the tokens as they are."""
@@ -59,8 +60,21 @@ def asked(case: Case, **kwargs) -> Asked:
 
 # An engine compiles for seconds, so tests share these few; between them they vary all that must not change an answer.
 ENGINES: dict[str, dict] = {shape: {"shape": shape} for shape in SHAPES} | {
-    "deep": {"shape": "deep", "max_num_seqs": 4, "max_chunk_steps": 16, "page_size": 16, "num_pages": 32},
-    "mlp_own": {"shape": "mlp_own", "max_num_seqs": 3, "max_chunk_steps": 1, "page_size": 5},
+    "deep": {
+        "shape": "deep",
+        "max_num_seqs": 4,
+        "max_chunk_steps": 16,
+        "page_size": 16,
+        "num_pages": 32,
+        "decode": DecodeConfig("always", "deferred", "always"),
+    },
+    "mlp_own": {
+        "shape": "mlp_own",
+        "max_num_seqs": 3,
+        "max_chunk_steps": 1,
+        "page_size": 5,
+        "decode": DecodeConfig("never", "deferred"),
+    },
     "norm_own": {"shape": "norm_own", "max_chunk_steps": 3, "max_prefill_tokens": 16},
     # The longest sequence takes 12 pages of 4: two long ones cannot stay together.
     "tight": {"shape": "everything", "max_num_seqs": 4, "max_chunk_steps": 5, "page_size": 4, "num_pages": 13},
@@ -70,11 +84,24 @@ ENGINES: dict[str, dict] = {shape: {"shape": shape} for shape in SHAPES} | {
         "max_chunk_steps": 4,
         "page_size": 4,
         "num_pages": 13,
+        "decode": DecodeConfig("always", "deferred"),
+    },
+    **{
+        f"modes {compaction} {fill} {rebatching}": {
+            "shape": "probes",
+            "max_num_seqs": 4,
+            "max_chunk_steps": 5,
+            "decode": DecodeConfig(compaction, fill, rebatching),
+        }
+        for compaction in ("always", "never")
+        for fill in ("eager", "deferred")
+        for rebatching in ("always", "never")
     },
     "gqa with eos": {"shape": "gqa", "eos_ids": (20,)},
     "gqa without exits": {"shape": "gqa", "exit_layers": ()},
 }
 MIXED = ("deep", "mlp_own", "norm_own", "tight", "everything_else")
+MODES = [name for name in ENGINES if name.startswith("modes")]
 
 
 def new_engine(
@@ -87,12 +114,14 @@ def new_engine(
     max_prefill_tokens: int = 64,
     eos_ids: tuple[int, ...] = (),
     exit_layers: tuple[int, ...] | None = None,
+    decode: DecodeConfig = AUTO,
 ) -> Engine:
     model, params = random_model(shape)
     config = EngineConfig(
         model=model if exit_layers is None else model.with_exit_layers(exit_layers),
         cache=CacheConfig(num_pages, page_size),
         scheduler=SchedulerConfig(max_num_seqs, max_chunk_steps, max_prefill_tokens),
+        decode=decode,
         max_model_len=MAX_LEN,
         prefill_chunk=16,
     )
@@ -170,8 +199,14 @@ def assert_aborted(output: RequestOutput, case: Case) -> None:
 # ------------------------------------------------------------------------------------------- every model, every setting
 
 
-@pytest.mark.parametrize("measure", ["softmax", "margin"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "measure"),
+    [
+        *itertools.product(SHAPES, ("softmax", "margin")),
+        *((shape, "similarity") for shape in ("deep", "mlp_own", "block_own", "probes")),
+        *((shape, "classifier") for shape in ("probes", "everything_else")),
+    ],
+)
 def test_every_shape_equals_the_reference(shape, measure):
     """All forms of thresholds in one batch; prompts shorter and longer than a prefill chunk (16) and a page (8)."""
     config, params = random_model(shape)
@@ -257,7 +292,8 @@ def random_exits(shape: str, rng: random.Random) -> EarlyExitParams | None:
         return None
     config, _ = random_model(shape)
     layers = config.exits.layers
-    measure = rng.choice(["softmax", "margin"])
+    cheap = ["similarity", "classifier"] if config.exits.probes else ["similarity"]
+    measure = rng.choice(["softmax", "margin", *cheap])
     per_exit = thresholds(shape, measure, rng.choice([0.2, 0.4, 0.7]))
     subset = tuple(sorted(rng.sample(layers, rng.randint(1, len(layers))))) if rng.random() < 0.3 else None
     value = tuple(t for t, layer in zip(per_exit, layers, strict=True) if subset is None or layer in subset)
@@ -289,7 +325,7 @@ def random_request(shape: str, seed: int) -> tuple[Asked, Case]:
     return request, case
 
 
-@pytest.mark.parametrize("name", MIXED)
+@pytest.mark.parametrize("name", (*MIXED, *MODES))
 @settings(max_examples=2 * settings.default.max_examples)
 @given(seeds=st.lists(st.integers(0, 10**6), min_size=3, max_size=8))
 def test_company_changes_nothing(name, seeds):

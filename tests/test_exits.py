@@ -37,7 +37,7 @@ def confidence(measure: str, logits, uniform=None) -> np.ndarray:
     count = logits.shape[1]
     uniform = np.zeros(count, np.float32) if uniform is None else uniform
     given = rows(count, measure=np.full(count, MEASURES.index(measure), np.int32))
-    return np.asarray(exits.confidence(given, Observation(jnp.asarray(logits), jnp.asarray(uniform))))
+    return np.asarray(exits.confidence(given, Observation(jnp.asarray(logits), uniform=jnp.asarray(uniform))))
 
 
 def test_constant_thresholds_stay():
@@ -102,7 +102,7 @@ def test_confidence_of_huge_and_of_excluded_logits():
 def test_each_row_is_judged_by_its_own_measure():
     logits = np.log(np.array([[0.5], [0.3], [0.2]])).repeat(3, axis=1).astype(np.float32)
     measure = np.array([MEASURES.index(name) for name in ("random", "softmax", "margin")], np.int32)
-    seen = Observation(jnp.asarray(logits), jnp.array([0.9, 0.8, 0.7]))
+    seen = Observation(jnp.asarray(logits), uniform=jnp.array([0.9, 0.8, 0.7]))
     np.testing.assert_allclose(exits.confidence(rows(3, measure=measure), seen), [0.9, 0.5, 0.2], rtol=1e-5)
     uses = functools.partial(exits.uses, rows(3, measure=measure))
     assert uses(exits.NEEDS_LOGITS).tolist() == [False, True, True]
@@ -124,7 +124,7 @@ def test_the_draw_depends_on_key_and_step_alone():
         5,
         keys=keys[order],
         thresholds=np.ones((2, 5), np.float32),
-        measure=np.full(5, 2, np.int32),
+        measure=np.full(5, MEASURES.index("margin"), np.int32),
         tau=np.ones(5, np.float32),
     )
     assert exits.uniform_draw(other, jnp.asarray(at[order])).tolist() == together[order].tolist()

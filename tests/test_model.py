@@ -14,7 +14,7 @@ from eejax.config import ExitConfig, ModelConfig, RopeScaling
 from eejax.errors import ConfigError
 from eejax.model import EarlyExitTransformer, bind, count_params, init_params, param_shapes, rope, rope_frequencies
 from tests.cases import BASE, SHAPES, random_model, random_params, random_prompt, shape_config
-from tests.reference import Reference, confidence, float_tree, generate
+from tests.reference import Reference, Seen, confidence, float_tree, generate
 
 # Logits have a standard deviation of about 3. Float32 sums of a few dozen terms, six blocks deep, stay within 1e-5 of
 # that; the tolerance leaves a factor of ten.
@@ -103,7 +103,7 @@ def test_reference_step_by_step_equals_its_dense_pass(shape):
     stepped.full_depth(tokens[:8])
     for position in range(8, 20):
         seen = {}
-        logits, layer = stepped.step(tokens[position], lambda e, logits, seen=seen: seen.update({e: logits}))
+        logits, layer = stepped.step(tokens[position], lambda e, at, seen=seen: seen.update({e: at.logits}))
         assert layer == config.n_layers
         np.testing.assert_allclose(logits, dense[layer][position], atol=1e-10)
         for e in config.exits.layers:
@@ -148,7 +148,7 @@ def test_reference_freezes_what_came_to_later_exits_too():
     seen = {}
     for name, sequence in (("stayed", stayed), ("forged", forged)):
         seen[name] = {}
-        seen[name][4], _ = sequence.step(7, lambda e, logits, at=seen[name]: at.update({e: logits}))
+        seen[name][4], _ = sequence.step(7, lambda e, found, at=seen[name]: at.update({e: found.logits}))
     np.testing.assert_array_equal(seen["forged"][1], seen["stayed"][1])
     np.testing.assert_array_equal(seen["forged"][4], seen["stayed"][4])
     assert np.abs(seen["forged"][3] - seen["stayed"][3]).max() > 1e-2
@@ -178,8 +178,12 @@ def test_reference_picks_the_lowest_of_equal_logits():
 
 def test_confidence_measures():
     logits = np.log([0.5, 0.2, 0.3]) + 7.0
-    assert confidence("softmax", logits) == pytest.approx(0.5)
-    assert confidence("margin", logits) == pytest.approx(0.2)
+    seen = Seen(logits, before=np.array([3.0, 4.0]), behind=np.array([8.0, -6.0]) * 5, probe=np.log(3.0))
+    assert confidence("softmax", seen) == pytest.approx(0.5)
+    assert confidence("margin", seen) == pytest.approx(0.2)
+    assert confidence("similarity", seen) == pytest.approx(0.0)
+    assert confidence("similarity", dataclasses.replace(seen, behind=np.array([4.0, 3.0]))) == pytest.approx(24 / 25)
+    assert confidence("classifier", seen) == pytest.approx(0.75)
 
 
 # --------------------------------------------------------------------------------------------------------------- rotary

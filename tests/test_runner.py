@@ -11,11 +11,13 @@ import jax
 import numpy as np
 import pytest
 
-from eejax.config import CacheConfig, EngineConfig, ExitConfig, ModelConfig, SchedulerConfig
+from eejax.buckets import bucket_of, segment_bucket, segment_buckets
+from eejax.config import CacheConfig, DecodeConfig, EngineConfig, ExitConfig, ModelConfig, SchedulerConfig
 from eejax.engine import Engine
+from eejax.kv_fill import WAITING_PER_ROW
 from eejax.params import DecayingThreshold, EarlyExitParams, SamplingParams
 from eejax.request import MicroBatch, Request, RequestOutput, Sequence
-from eejax.runner import MAX_DEVICE_STOP_IDS, Runner, _logprobs, bucket_of
+from eejax.runner import MAX_DEVICE_STOP_IDS, Runner, _logprobs
 from eejax.sampling import token_logprobs
 from tests.cases import random_model, random_prompt
 from tests.reference import Reference, rms_norm
@@ -24,14 +26,16 @@ SHAPE = "mha"  # three blocks, exits after 1 and 2, a shared head
 MODEL, PARAMS = random_model(SHAPE)
 DEPTH, EXITS = MODEL.n_layers, MODEL.exits.layers
 PAGES, PAGE, MAX_LEN, CHUNK = 16, 8, 32, 8
+AUTO = DecodeConfig()
 NEVER = EarlyExitParams(1.0)  # asks every head, and no top probability reaches 1
 
 
-def config(num_pages: int = PAGES, model: ModelConfig = MODEL) -> EngineConfig:
+def config(num_pages: int = PAGES, model: ModelConfig = MODEL, decode: DecodeConfig = AUTO) -> EngineConfig:
     return EngineConfig(
         model=model,
         cache=CacheConfig(num_pages, PAGE),
         scheduler=SchedulerConfig(max_num_seqs=3, max_chunk_steps=CHUNK),
+        decode=decode,
         max_model_len=MAX_LEN,
         prefill_chunk=16,
     )
@@ -65,8 +69,8 @@ def sequence(runner: Runner, place: int = 0, prompt_length: int = 5, max_tokens:
     return seq
 
 
-def decode(runner: Runner, *seqs: Sequence, n_steps: int = CHUNK, yield_on_free: bool = False):
-    return runner.run(MicroBatch("decode", seqs, n_steps, yield_on_free))
+def decode(runner: Runner, *seqs: Sequence, n_steps: int = CHUNK, yield_on_free: bool = False, hold: int = 1):
+    return runner.run(MicroBatch("decode", seqs, n_steps, yield_on_free, hold=hold))
 
 
 def always(measure: str = "random", **options) -> EarlyExitParams:
@@ -90,6 +94,19 @@ def larger() -> Runner:
 
 
 @pytest.fixture(scope="module")
+def plain() -> Runner:
+    """All rows run every block that one of them needs."""
+    return Runner(config(decode=DecodeConfig("never", "eager", "never")), PARAMS)
+
+
+@pytest.fixture(scope="module")
+def deferring() -> tuple[Runner, Runner]:
+    """Deferred fill-in with compaction, over a small and a large cache."""
+    decode = DecodeConfig("always", "deferred")
+    return Runner(config(decode=decode), PARAMS), Runner(config(256 * PAGES, decode=decode), PARAMS)
+
+
+@pytest.fixture(scope="module")
 def windowed() -> tuple[Runner, Runner]:
     """A model with sliding windows and blocks of exits' own, over a small and a large cache."""
     model, params = random_model("everything_else", n_layers=3, exits=ExitConfig((1, 2), "block"))
@@ -109,6 +126,10 @@ def test_no_loop_was_made_a_single_threaded_kernel(runner, windowed):
 @pytest.mark.parametrize("kind", ["decode", "prefill"])
 def test_memory_does_not_grow_with_the_cache(runner, larger, kind):
     assert_memory_does_not_grow_with_the_cache(runner, larger, kind)
+
+
+def test_memory_does_not_grow_with_the_cache_when_states_wait(deferring):
+    assert_memory_does_not_grow_with_the_cache(*deferring, "decode")
 
 
 @pytest.mark.parametrize("kind", ["decode", "prefill"])
@@ -316,6 +337,109 @@ def test_finished_rows_no_longer_count(runner):
     result = decode(runner, *seqs, n_steps=6)
     assert [len(row.token_ids) for row in result.rows] == [6, 2]
     assert (result.steps, result.blocks_run) == (6, 2 * DEPTH + 4 * EXITS[0])
+
+
+# ------------------------------------------------------------------------------------- compaction, fill-in, rebatching
+
+
+def test_segments_run_in_the_smallest_bucket():
+    assert segment_buckets(1, True) == (1,)
+    assert segment_buckets(8, True) == (1, 2, 4, 8)
+    assert segment_buckets(32, True) == (4, 8, 16, 24, 32)
+    assert [segment_bucket(32, True, n) for n in (1, 4, 5, 16, 17, 24, 25, 32)] == [4, 4, 8, 16, 24, 24, 32, 32]
+    for bucket in (1, 8, 32):
+        assert segment_buckets(bucket, False) == (bucket,)
+
+
+def test_compaction_computes_the_rows_that_go_on(runner, plain):
+    leaves = [sequence(runner, place, early_exit=always()) for place in (0, 1)]
+    stays = sequence(runner, 2)
+    compact = decode(runner, *leaves, stays, n_steps=4)
+    assert (compact.blocks_run, compact.row_steps) == (4 * DEPTH, 4 * 4)
+    # Three of four rows are live, one of them goes on; heads likewise: two leave first, one last.
+    assert compact.row_blocks == 4 * (EXITS[0] * 4 + (DEPTH - EXITS[0]) * 1)
+    assert (compact.heads_run, compact.row_heads, compact.fills) == (4, 4 * 4, 0)
+    leaves = [sequence(plain, place, early_exit=always()) for place in (0, 1)]
+    everything = decode(plain, *leaves, sequence(plain, 2), n_steps=4)
+    assert everything.row_blocks == 4 * DEPTH * 4
+    assert [row.token_ids for row in everything.rows] == [row.token_ids for row in compact.rows]
+
+
+def test_heads_are_asked_for_the_rows_that_came_to_them(runner):
+    """Two rows leave first; the third asks the second exit's head and then the last one's, alone."""
+    rows = [sequence(runner, place, early_exit=always("softmax")) for place in (0, 1)]
+    result = decode(runner, *rows, sequence(runner, 2, early_exit=NEVER), n_steps=2)
+    assert (result.heads_run, result.row_heads) == (2 * 3, 2 * (4 + 1 + 1))
+
+
+def test_rows_that_have_ended_are_not_computed(runner):
+    ends = [sequence(runner, place, max_tokens=2) for place in (0, 1)]
+    result = decode(runner, *ends, sequence(runner, 2), n_steps=5)
+    assert result.row_blocks == DEPTH * (4 + 4 * 1)
+
+
+def test_cheap_measures_ask_one_head_a_step(runner):
+    rows = [
+        sequence(runner, 0, early_exit=EarlyExitParams(0.999, "similarity")),
+        sequence(runner, 1, early_exit=EarlyExitParams(0.0, "similarity", exit_layers=EXITS[1:])),
+    ]
+    result = decode(runner, *rows, n_steps=6)
+    assert {layer for row in result.rows for layer in row.exit_layers} == {EXITS[1], DEPTH}
+    assert (result.heads_run, result.row_heads) == (6, 6 * 2)
+
+
+def test_eager_fill_in_is_written_in_every_step(runner):
+    result = decode(runner, sequence(runner, early_exit=always()))
+    assert (result.fills, result.blocks_run) == (CHUNK * (DEPTH - EXITS[0]), CHUNK * EXITS[0])
+
+
+def test_deferred_fill_in_is_written_for_many_tokens_at_once(runner, deferring):
+    expected = decode(runner, sequence(runner, early_exit=always()))
+    one = sequence(deferring[0], early_exit=always())
+    result = decode(deferring[0], one)
+    # When the places of a row are taken, and at the end of the chunk, which is one of these times here.
+    assert CHUNK % WAITING_PER_ROW == 0
+    assert result.fills == CHUNK // WAITING_PER_ROW * (DEPTH - EXITS[0])
+    assert result.rows[0].token_ids == expected.rows[0].token_ids
+    # Of a row that ends in the chunk, nothing is written in vain.
+    short = sequence(deferring[0], early_exit=always(), max_tokens=WAITING_PER_ROW)
+    assert decode(deferring[0], short).fills == 0
+
+
+def test_waiting_tokens_go_along_with_the_block_that_reads_them(runner, deferring):
+    """Every other token goes deep, so what waits never fills the places, and nothing is written apart."""
+    # The draws of the `random` measure for tokens 1, 2, ... of seed 0, as the model gives them.
+    half = EarlyExitParams(0.5, "random")
+    for seed in range(200):
+        seq = sequence(runner, early_exit=half, seed=seed)
+        expected = decode(runner, seq, n_steps=6)
+        depths = expected.rows[0].exit_layers
+        if depths[0] == EXITS[0] and depths[-1] == DEPTH and set(depths) == {EXITS[0], DEPTH}:
+            break
+    assert expected.fills > 0
+    result = decode(deferring[0], sequence(deferring[0], early_exit=half, seed=seed), n_steps=6)
+    assert (result.rows[0].token_ids, result.rows[0].exit_layers) == (expected.rows[0].token_ids, depths)
+    assert (result.fills, result.blocks_run) == (0, expected.blocks_run)
+
+
+def test_held_rows_let_the_others_go_on(runner):
+    def rows() -> list[Sequence]:
+        return [sequence(runner, 0, early_exit=always()), sequence(runner, 1, early_exit=always()), sequence(runner, 2)]
+
+    plain = decode(runner, *rows(), n_steps=6)
+    held = decode(runner, *rows(), n_steps=6, hold=2)
+    assert [len(row.token_ids) for row in plain.rows] == [6, 6, 6]
+    # The deep row stands at the exit for two passes, then goes on in the next; in the last pass nobody is held.
+    assert [len(row.token_ids) for row in held.rows] == [6, 6, 2]
+    assert held.rows[2].token_ids == plain.rows[2].token_ids[:2]
+    assert [row.token_ids for row in held.rows[:2]] == [row.token_ids for row in plain.rows[:2]]
+    assert held.blocks_run == 6 * EXITS[0] + 2 * (DEPTH - EXITS[0])
+
+
+def test_a_segment_runs_as_soon_as_enough_rows_have_gathered(runner):
+    rows = [sequence(runner, 0, early_exit=always()), sequence(runner, 1), sequence(runner, 2)]
+    result = decode(runner, *rows, n_steps=4, hold=2)
+    assert [len(row.token_ids) for row in result.rows] == [4, 4, 4]
 
 
 # --------------------------------------------------------------------------------------------------- when a chunk ends

@@ -19,6 +19,7 @@ from eejax.errors import ConfigError
 from eejax.lengths import LengthEstimate
 from eejax.page_allocator import PageAllocator, PageError
 from eejax.scheduler import Scheduler
+from eejax.step_cost import StepCost
 
 STEPS = StepModel(
     call=0.0, step=1.0, blocks=0.0, row=0.0, page=0.0, head=0.0, prefill_call=10.0, prefill_token=0.0
@@ -83,8 +84,8 @@ def test_a_static_batch_computes_what_is_done_and_rows_in_powers_of_two() -> Non
 
 
 def test_a_call_costs_what_its_rows_pages_and_depth_say() -> None:
-    call = DecodeCall(bucket=4, steps=2, row_pages=6, depth=1.5, heads=5)
-    assert COST.decode_seconds(call) == 0.5 + 2 * 1 + 1.5 * 2 + 1.5 * 4 * 0.25 + 0.75 * 6 * 4 * 0.125 + 5 * 4 * 0.0625
+    call = DecodeCall(steps=2, row_pages=6, depth=1.5, row_depth=6.0, row_heads=20)
+    assert COST.decode_seconds(call) == 0.5 + 2 * 1 + 1.5 * 2 + 6 * 0.25 + 6 * 3 * 0.125 + 20 * 0.0625
     assert COST.prefill_seconds(PrefillCall(2, 80)) == pytest.approx(6.8)
     assert PrefillCall.of([3, 17, 70], chunk=64) == PrefillCall(4, 16 + 32 + 64 + 16)
     # Contexts 4 and 7: pages of 4 tokens of the longest live row, at 7, 8 and, the first alone, 6 tokens.
@@ -112,14 +113,29 @@ def test_a_step_is_as_deep_as_its_deepest_row() -> None:
     assert plain == 12 + 100 * 3
 
 
+def test_with_compaction_a_block_computes_the_rows_that_enter_it() -> None:
+    rows = StepModel(call=0.0, step=0.0, blocks=0.0, row=4.0, page=0.0, head=0.0, prefill_call=0.0, prefill_token=0.0)
+    requests = [asked(2, exit_layers=(4, layer)) for layer in (1, 1, 1, 2, 2, 2, 2, 4)]
+    for compacts, computed in ((False, 4 * 8), (True, 1 * 8 + 1 * 8 + 2 * 1)):  # five of eight go on, then one
+        one = simulate(
+            requests,
+            SchedulerConfig(),
+            num_pages=100,
+            page_size=4,
+            cost=rows,
+            exits=(1, 2, 4),
+            learnt=StepCost(compacts=compacts),
+        )
+        assert max(one.latencies) == computed
+
+
 def test_the_fit_finds_the_costs_that_made_the_calls() -> None:
     rng = random.Random(0)
     bare = []
     for steps in (1, 4, 16) * 20:
-        depth = steps * rng.choice((0.5, 0.75, 1))
-        bare.append(
-            DecodeCall(2 ** rng.randrange(6), steps, steps * rng.randint(1, 9), depth, rng.randint(1, 3) * steps)
-        )
+        depth, rows = steps * rng.choice((0.5, 0.75, 1)), 2 ** rng.randrange(6)
+        pages, heads = steps * rng.randint(1, 9), steps * rng.randint(1, 3)
+        bare.append(DecodeCall(steps, pages, depth, depth * rows, heads * rows))
     calls = [replace(one, seconds=COST.decode_seconds(one)) for one in bare]
     prefills = [PrefillCall(n, tokens, 3.0 * n + 0.01 * tokens) for n, tokens in ((1, 16), (2, 96), (1, 512))]
     found = StepModel.fit(calls, prefills)

@@ -1,5 +1,6 @@
 """What decode steps are taken to cost, and which rows are run apart for it."""
 
+import functools
 import itertools
 import math
 import random
@@ -20,11 +21,15 @@ def seconds(rows, fixed, per_row, per_page):
     return (fixed + per_row * bucket + per_page * bucket * rows.pages) * rows.expected_depth
 
 
+def observe(cost, rows, time):
+    cost.observe(rows.expected_depth, rows.row_depth(False), rows.pages, time)
+
+
 def taught(cost, truth, rounds, *, noise=0.0):
     rng = random.Random(0)
     for _ in range(rounds):
         for rows in SHAPES:
-            cost.observe(rows, seconds(rows, *truth) * (1 + noise * rng.uniform(-1, 1)))
+            observe(cost, rows, seconds(rows, *truth) * (1 + noise * rng.uniform(-1, 1)))
     return cost
 
 
@@ -50,6 +55,27 @@ def test_a_step_costs_what_the_device_computes_padding_and_longest_row_included(
     assert cost.seconds(Rows(5, 4)) == cost.seconds(Rows(8, 4))
 
 
+def test_with_compaction_rows_that_have_left_are_not_paid_for():
+    depths = (0.25, 0.5, 1.0)
+    early, late = Rows(1, 3, depths, (0.75, 1.0, 1.0)), Rows(1, 3, depths, (0.0, 0.5, 1.0))
+    eight = functools.reduce(Rows.join, [early] * 8)
+    assert eight.rows_left == (6, 8, 8)
+    assert eight.resolved == pytest.approx((0.75**8, 1, 1))
+    # All eight run the first quarter; two of them, where any go on, the second; nobody the rest.
+    goes_on = 1 - 0.75**8
+    assert eight.row_depth(True) == pytest.approx(0.25 * 8 + 0.25 * goes_on * 4)
+    assert eight.row_depth(False) == pytest.approx(8 * eight.expected_depth)
+    mixed = eight.join(late)
+    assert mixed.rows_left == (6, 8.5, 9)
+    assert mixed.row_depth(True) == pytest.approx(0.25 * 16 + 0.25 * 4 + 0.5 * 0.5 * 2)
+    cost = StepCost(*TRUTH, compacts=True)
+    fixed, per_row, per_page = TRUTH
+    assert cost.seconds(eight) == pytest.approx(
+        fixed * eight.expected_depth + (per_row + 3 * per_page) * eight.row_depth(True)
+    )
+    assert cost.seconds(eight) < StepCost(*TRUTH).seconds(eight)
+
+
 # ----------------------------------------------------------------------------------------------------------- learning
 
 
@@ -58,7 +84,7 @@ def test_until_it_knows_better_a_step_costs_the_same_whatever_it_holds():
     for i in range(MIN_OBSERVATIONS):
         assert not cost.tells_rows_apart
         assert len({cost.seconds(rows) for rows in SHAPES}) == 1
-        cost.observe(SHAPES[i], seconds(SHAPES[i], *TRUTH))
+        observe(cost, SHAPES[i], seconds(SHAPES[i], *TRUTH))
     assert cost.tells_rows_apart
     assert cost.seconds(Rows(32, 9)) > 2 * cost.seconds(Rows(1, 1))
 
@@ -85,7 +111,7 @@ def test_times_that_cannot_be_are_not_learnt_from():
     cost = taught(StepCost(), TRUTH, rounds=2)
     before = [cost.seconds(rows) for rows in SHAPES]
     for bad in (0.0, -1.0, math.nan, math.inf, -math.inf):
-        cost.observe(SHAPES[0], bad)
+        observe(cost, SHAPES[0], bad)
     assert [cost.seconds(rows) for rows in SHAPES] == before
 
 
@@ -100,7 +126,7 @@ def test_times_that_cannot_be_are_not_learnt_from():
 def test_whatever_was_observed_more_rows_pages_or_depth_never_cost_less(observations):
     cost = StepCost()
     for count, pages, depth, time in observations:
-        cost.observe(Rows(count, pages, (depth, 1.0), (1.0, 1.0)), time)
+        observe(cost, Rows(count, pages, (depth, 1.0), (1.0, 1.0)), time)
     small = Rows(3, 2, (0.5, 1.0), (0.9, 1.0))
     assert 0 < cost.seconds(small) < math.inf
     for more in (Rows(9, 2, *_of(small)), Rows(3, 7, *_of(small)), Rows(3, 2, small.depths, (0.1, 1.0))):
