@@ -57,6 +57,43 @@ hidden state. It was fitted by `eejax train-length` to the lengths of the model'
 """
 
 
+def _tuning(metrics: dict, points: list[str]) -> str:
+    """What is to be said of the tuning, where `checkpoints/tune_demo.py` has been at work."""
+    if "tuning" not in metrics:
+        return ""
+    t = metrics["tuning"]
+    stages = [
+        [s["name"], f"{s['steps']:,}", f"{s['tokens']:,}", f"{s['minutes']:g}", f"{s['peak_rate']:g}",
+         ", ".join(f"{weight:g}" for weight in s["exit_weights"]), f"{s['keep']:.0%}"]
+        for s in t["stages"]
+    ]  # fmt: skip
+    before, after = t["before"], {"evaluation": metrics["evaluation"], "own_answers": t["own_answers"]}
+    effect = []
+    for name in (*metrics["evaluation"], "own answers"):
+        pair = [of["own_answers"] if name == "own answers" else of["evaluation"][name] for of in (before, after)]
+        if None not in pair:
+            bits = " → ".join(f"{of['exits'][points[-1]]['bits_per_byte']:.3f}" for of in pair)
+            agree = [" → ".join(f"{of['exits'][p]['at_0']['agreement']:.1%}" for of in pair) for p in points[:-1]]
+            effect.append([name, "" if name == "own answers" else bits, *agree])
+    cores = f", {t['cores']} cores" if t["cores"] else ""
+    return f"""## Tuning
+
+All weights were then tuned with `checkpoints/tune_demo.py` so that early exit pays. Tokens left early in the training's
+own forward pass, which teaches the blocks above to read K and V of frozen states; and half of the batches were the
+model's own greedy answers to {t["answers"]:,} prompts of the train splits, where exits learnt the choice of full depth.
+
+{_table(["stage", "steps", "tokens", "minutes", "peak rate", "exit weights", "share kept"], stages)}
+
+{t["dtype"]} products, on {t["device"]}{cores}. "Share kept": a stage ends with a mean of weights, of what was learnt
+and, for the rest, the model before tuning. What it changed: bits per byte of the last block, and how often an exit's
+most likely token is that of the last block, on the {metrics["split"]} split; own answers are each model's own to
+questions of that split.
+
+{_table(["set", f"exit {points[-1]}, bits per byte", *(f"exit {p}, agreement" for p in points[:-1])], effect)}
+
+"""
+
+
 def card(folder: Path, metrics: dict) -> str:
     """Markdown text for the checkpoint in `folder`; `metrics` is what its `metrics.json` holds."""
     m, t, evaluation, split = metrics["model"], metrics["training"], metrics["evaluation"], metrics["split"]
@@ -79,12 +116,18 @@ def card(folder: Path, metrics: dict) -> str:
     ]
     cores = f", {t['cores']} cores" if t["cores"] else ""
     weights = ", ".join(f"{weight:g} after block {p}" for weight, p in zip(t["exit_weights"], points, strict=True))
+    tuned = "tuning" in metrics
+    script = f"`checkpoints/{'tune' if tuned else 'train'}_demo.py`"
+    origin = "`checkpoints/train_demo.py`" + (", then tuned with `checkpoints/tune_demo.py`," if tuned else "")
+    others = ", so that any block can serve as an exit"
+    if m["exits"].get("probes"):
+        others += ";\nthose listed have a linear probe of their own (`classifier`)"
     unfinished = "" if metrics["finished"] else "\n**Training was not finished when this copy was written.**\n"
     return f"""# eejax demo model
 {unfinished}
 A language model of {metrics["parameters"] / 1e6:.1f} million parameters whose tokens may leave it
 after blocks {", ".join(early)} of {m["n_layers"]}. It exists to show and to test early exit in eejax with real, trained
-exits. It was trained from scratch with `checkpoints/train_demo.py` and knows very little.
+exits. It was trained from scratch with {origin} and knows very little.
 
 ## Use
 
@@ -98,7 +141,7 @@ Prompts follow the chat template in `tokenizer_config.json`; answers end with `<
 Llama-family decoder: {m["n_layers"]} blocks, hidden size {m["hidden_size"]}, MLP {m["intermediate_size"]},
 {m["n_heads"]} query and {m["n_kv_heads"]} key/value heads of {m["head_dim"]}, a vocabulary of {m["vocab_size"]:,}
 (sentencepiece BPE with byte fallback), tied embedding. Exits read the model's own final norm and output matrix
-(`{m["exits"]["head"]}` head), so that any block can serve as an exit. Weights are bfloat16; weights and tokenizer
+(`{m["exits"]["head"]}` head){others}. Weights are bfloat16; weights and tokenizer
 together take {_megabytes(folder):.1f} MB.
 
 ## Data
@@ -120,7 +163,7 @@ Joint loss over the exits, weighted {weights}. The target of an early exit is pa
 {t["distill"]:.0%}, the last exit's distribution, which raises agreement with full depth. Tokens of questions count
 {t["prompt_weight"]:g}, tokens of answers and of plain text 1.
 
-{_lengths(folder, ModelConfig.from_dict(m))}## Quality at each exit
+{_tuning(metrics, points)}{_lengths(folder, ModelConfig.from_dict(m))}## Quality at each exit
 
 Bits per byte on the {split} split, lower is better. Only answers are scored, given their questions; plain text is
 scored whole.
@@ -135,7 +178,7 @@ split.
 
 {_table(agreement_head, agreement)}
 
-The figures on quality and agreement were written by `checkpoints/train_demo.py` from `metrics.json`.
+The figures on quality and agreement were written by {script} from `metrics.json`.
 """
 
 

@@ -6,7 +6,7 @@ import gzip
 import hashlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,40 +121,52 @@ class Documents:
         return len(self.starts) - 1
 
 
-def tokenise(rows: list[dict[str, str]], tokenizer: Tokenizer) -> Documents:
-    """Documents of instruct rows (as the chat template writes them) or of plain-text rows."""
+def joined(texts: Iterable[tuple[Sequence[int], Sequence[int]]]) -> Documents:
+    """Documents from pairs of question and answer, both token ids."""
     ids: list[int] = []
     prompt: list[bool] = []
     starts = [0]
-    for row in rows:
-        asked: list[int] = []
-        if "instruction" in row:
-            text = tokenizer.apply_chat_template([{"role": "user", "content": question(row)}])
-            asked, answer = tokenizer.encode(text), tokenizer.encode(row["output"], add_bos=False)
-        else:
-            answer = tokenizer.encode(row["text"])
-        answer = [*answer, *([] if tokenizer.eos_id is None else [tokenizer.eos_id])]
-        ids += asked + answer
+    for asked, answer in texts:
+        ids += [*asked, *answer]
         prompt += [True] * len(asked) + [False] * len(answer)
         starts.append(len(ids))
     return Documents(np.asarray(ids, np.uint16), np.asarray(prompt, bool), np.asarray(starts, np.int64))
 
 
-def load_documents(
-    data: Path, cache: Path, tokenizer_file: Path, tokenizer: Tokenizer, name: str, split: str
-) -> Documents:
-    """Documents of one set, tokenised once per tokenizer and kept as `.npy` in `cache`."""
-    kind = "lm_text" if name in LM_TEXT else "instruct"
-    if split == "train" and name not in INSTRUCT + LM_TEXT:
-        raise ValueError(f"{name} may not be trained on")
-    tag = hashlib.sha256(tokenizer_file.read_bytes()).hexdigest()[:12]
-    files = [cache / f"{name}-{split}-{tag}-{part}.npy" for part in ("ids", "prompt", "starts")]
+def tokenise(rows: list[dict[str, str]], tokenizer: Tokenizer) -> Documents:
+    """Documents of instruct rows (as the chat template writes them) or of plain-text rows."""
+    end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+
+    def parts(row: dict[str, str]) -> tuple[list[int], list[int]]:
+        if "instruction" not in row:
+            return [], tokenizer.encode(row["text"]) + end
+        text = tokenizer.apply_chat_template([{"role": "user", "content": question(row)}])
+        return tokenizer.encode(text), tokenizer.encode(row["output"], add_bos=False) + end
+
+    return joined(map(parts, rows))
+
+
+def kept(cache: Path, name: str, make: Callable[[], Documents]) -> Documents:
+    """What `make` returned when it was first called for `name`, kept as `.npy` in `cache`."""
+    files = [cache / f"{name}-{part}.npy" for part in ("ids", "prompt", "starts")]
     if not all(file.exists() for file in files):
-        documents = tokenise(read_rows(data / kind / name / f"{split}.jsonl.gz"), tokenizer)
+        documents = make()
         cache.mkdir(parents=True, exist_ok=True)
         for file, array in zip(files, (documents.ids, documents.prompt, documents.starts), strict=True):
             np.save(file, array)
     return Documents(*(np.load(file) for file in files))
+
+
+def load_documents(
+    data: Path, cache: Path, tokenizer_file: Path, tokenizer: Tokenizer, name: str, split: str
+) -> Documents:
+    """Documents of one set, tokenised once per tokenizer and kept in `cache`."""
+    kind = "lm_text" if name in LM_TEXT else "instruct"
+    if split == "train" and name not in INSTRUCT + LM_TEXT:
+        raise ValueError(f"{name} may not be trained on")
+    tag = hashlib.sha256(tokenizer_file.read_bytes()).hexdigest()[:12]
+    file = data / kind / name / f"{split}.jsonl.gz"
+    return kept(cache, f"{name}-{split}-{tag}", lambda: tokenise(read_rows(file), tokenizer))
 
 
 def pack(

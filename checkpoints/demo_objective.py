@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from eejax.config import ModelConfig
+from eejax.exits import top_probabilities
 from eejax.model import bind
 
 ATTENTION_TILE = 128
@@ -39,7 +40,17 @@ class Objective:
         return (*[self.distill] * (len(self.exit_weights) - 1), 0.0)
 
 
-def _dot(a: Array, b: Array, over: tuple[int, int] = (1, 0)) -> Array:
+@dataclass(frozen=True)
+class Numerics:
+    """How to compute: dtype of the products, whether attention runs head by head, tokens in one chunk of the loss."""
+
+    dtype: jnp.dtype
+    serial: bool
+    chunk: int
+
+
+def dot(a: Array, b: Array, over: tuple[int, int] = (1, 0)) -> Array:
+    """Product of two matrices over these axes of theirs, summed in float32."""
     return jax.lax.dot_general(a, b, (((over[0],), (over[1],)), ((), ())), preferred_element_type=jnp.float32)
 
 
@@ -51,7 +62,7 @@ def turned(a: Array) -> Array:
 def _tile_weights(q: Array, k_turned: Array, segments: Array, start: int, stop: int) -> Float[Array, "S GQ"]:
     """Attention weights of queries `start..stop`, one column per head and query: softmax over keys `0..stop`."""
     dim, group, _ = q.shape
-    scores = _dot(k_turned[:stop], q[:, :, start:stop].reshape(dim, -1)) * dim**-0.5
+    scores = dot(k_turned[:stop], q[:, :, start:stop].reshape(dim, -1)) * dim**-0.5
     causal = jnp.arange(stop)[:, None] <= jnp.arange(start, stop)
     seen = causal & (segments[:stop, None] == segments[start:stop])
     scores = jnp.where(seen[:, None], scores.reshape(stop, group, -1), MASKED).reshape(stop, -1)
@@ -72,7 +83,7 @@ def _head_attention(
     parts = []
     for start, stop in _tiles(q.shape[2]):
         weights = _tile_weights(q, k_turned, segments, start, stop).astype(v.dtype)
-        parts.append(_dot(v[:, :stop], weights).reshape(*q.shape[:2], -1))
+        parts.append(dot(v[:, :stop], weights).reshape(*q.shape[:2], -1))
     return jnp.concatenate(parts, axis=2)
 
 
@@ -91,11 +102,11 @@ def _head_attention_backward(saved: tuple[Array, ...], d_out: Array) -> tuple[Ar
     for start, stop in _tiles(length):
         weights = _tile_weights(q, k_turned, segments, start, stop)
         d_tile = d_out[:, :, start:stop].reshape(dim, -1)
-        d_weights = _dot(v_turned[:stop], d_tile)
+        d_weights = dot(v_turned[:stop], d_tile)
         d_scores = (weights * (d_weights - delta[:, start:stop].reshape(-1)) * dim**-0.5).astype(k.dtype)
-        dq.append(_dot(k[:, :stop], d_scores).reshape(dim, group, -1))
-        dk = dk.at[:, :stop].add(_dot(q[:, :, start:stop].reshape(dim, -1), d_scores, (1, 1)))
-        dv = dv.at[:, :stop].add(_dot(d_tile, weights.astype(v.dtype), (1, 1)))
+        dq.append(dot(k[:, :stop], d_scores).reshape(dim, group, -1))
+        dk = dk.at[:, :stop].add(dot(q[:, :, start:stop].reshape(dim, -1), d_scores, (1, 1)))
+        dv = dv.at[:, :stop].add(dot(d_tile, weights.astype(v.dtype), (1, 1)))
     return jnp.concatenate(dq, axis=2).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
@@ -133,32 +144,56 @@ def attend_within(segments: Int[Array, "B T"], dtype: jnp.dtype, serial: bool) -
     return attend
 
 
+def chunks(features: Float[Array, "E D N"], chunk: int) -> Float[Array, "n E D c"]:
+    """Tokens in groups of `chunk`, in front."""
+    return features.reshape(*features.shape[:2], -1, chunk).transpose(2, 0, 1, 3)
+
+
+def _margins(output: Float[Array, "V D"], features: Float[Array, "D N"], chunk: int) -> Float[Array, " N"]:
+    def margin(part: Array) -> Array:
+        first, second = top_probabilities(dot(output, part), jnp.ones(part.shape[1], bool))
+        return first - second
+
+    return jax.lax.map(margin, chunks(features[None], chunk)[:, 0]).reshape(-1)
+
+
 def exit_features(
     config: ModelConfig,
+    numerics: Numerics,
     params: dict,
-    tokens: Int[Array, "B T"],
-    segments: Int[Array, "B T"],
-    dtype: jnp.dtype,
-    serial: bool,
-) -> Float[Array, "E D N"]:
-    """Features at every exit point of packed rows, `N = B T`: products in `dtype`, residual stream in float32."""
-    model = bind(config, jax.tree.map(lambda p: p.astype(dtype), params))
+    batch: dict[str, Array],
+    thresholds: Float[Array, "E-1 N"] | None = None,
+) -> tuple[Float[Array, "E D N"], Bool[Array, "E N"]]:
+    """Forward pass over packed rows, `N = B T`: products in the low dtype, residual stream in float32.
+
+    Args:
+        batch: `tokens` and `segments` of `checkpoints.demo_data.pack`.
+        thresholds: margin (most likely minus second) at which a token leaves at each early exit. Its state is frozen
+            then, and the blocks above make its K and V of that, as in decoding (CALM, arXiv 2207.07061, sec. 3.1).
+            Without them all tokens run at full depth.
+
+    Returns:
+        Features at every exit point, and which tokens came as far.
+    """
+    model = bind(config, jax.tree.map(lambda p: p.astype(numerics.dtype), params))
+    tokens = batch["tokens"]
     # The embedding is read from the float32 parameters, so that its gradient is summed in float32 too.
     # One token axis, since XLA:CPU is slower on three-dimensional activations.
     x = params["embedding"][tokens.reshape(-1)].T.astype(jnp.float32)
     positions = jnp.tile(jnp.arange(tokens.shape[1]), tokens.shape[0])
-    freq, attend = model.frequencies(), attend_within(segments, dtype, serial)
-    found = []
+    freq, attend = model.frequencies(), attend_within(batch["segments"], numerics.dtype, numerics.serial)
+    found, came, left = [], [], jnp.zeros(tokens.size, bool)
     for number, block in enumerate(model.blocks, start=1):
-        x, middle, _ = block(x, positions, freq, attend, None)
+        out, middle, _ = block(x, positions, freq, attend, None)
+        x = out if thresholds is None else jnp.where(left, x, out)
         if number in config.exit_points:
             found.append(model.features(number, x, middle))
-    return jnp.stack(found)
-
-
-def _chunks(features: Array, chunk: int) -> Float[Array, "n E D c"]:
-    exits, dim, tokens = features.shape
-    return features.reshape(exits, dim, tokens // chunk, chunk).transpose(2, 0, 1, 3)
+            came.append(~left)
+            if thresholds is not None and number < config.n_layers:
+                output, seen = jax.lax.stop_gradient((params["embedding"], found[-1]))
+                margins = _margins(output.astype(numerics.dtype), seen.astype(numerics.dtype), numerics.chunk)
+                left |= margins >= thresholds[len(found) - 1]
+    return jnp.stack(found), jnp.stack(came)
 
 
 def joint_loss(
@@ -189,7 +224,7 @@ def joint_loss(
         # The last exit comes first, since the others learn from it. One product per exit keeps every array
         # two-dimensional, which XLA:CPU vectorises.
         for e in reversed(range(exits)):
-            logits = _dot(output, f[e])
+            logits = dot(output, f[e])
             top = jnp.max(logits, axis=0)
             exp = jnp.exp(logits - top)
             norm = jnp.sum(exp, axis=0)
@@ -201,23 +236,14 @@ def joint_loss(
             elif distill:
                 d_logits = d_logits - last[0] * (share * distill / last[1])
             d_logits = d_logits.astype(output.dtype)
-            d_features.insert(0, _dot(output_turned, d_logits))
-            d_output = d_output + _dot(d_logits, f[e], (1, 1))
+            d_features.insert(0, dot(output_turned, d_logits))
+            d_output = d_output + dot(d_logits, f[e], (1, 1))
         return (losses + jnp.sum(jnp.stack(nlls) * weight, axis=1), d_output), jnp.stack(d_features)
 
     carry = (jnp.zeros((exits,), jnp.float32), jnp.zeros(output.shape, jnp.float32))
-    parts = (_chunks(features.astype(output.dtype), chunk), targets.reshape(-1, chunk), weights.reshape(-1, chunk))
+    parts = (chunks(features.astype(output.dtype), chunk), targets.reshape(-1, chunk), weights.reshape(-1, chunk))
     (losses, d_output), d_features = jax.lax.scan(step, carry, parts)
     return losses / total, d_output, d_features.transpose(1, 2, 0, 3).reshape(exits, dim, tokens)
-
-
-@dataclass(frozen=True)
-class Numerics:
-    """How to compute: dtype of the products, whether attention runs head by head, tokens in one chunk of the loss."""
-
-    dtype: jnp.dtype
-    serial: bool
-    chunk: int
 
 
 def loss_and_grads(
@@ -227,10 +253,7 @@ def loss_and_grads(
 
     Needs tied embeddings and a `shared` head, so that all exits use one output matrix, and knows no sliding window.
     """
-    run = lambda p: exit_features(  # noqa: E731
-        config, p, batch["tokens"], batch["segments"], numerics.dtype, numerics.serial
-    )
-    features, pull = jax.vjp(run, params)
+    features, pull, _ = jax.vjp(lambda p: exit_features(config, numerics, p, batch), params, has_aux=True)
     losses, d_output, d_features = joint_loss(
         objective,
         params["embedding"].astype(numerics.dtype),
@@ -255,13 +278,13 @@ def exit_scores(
         nll `[E]` in nats; tokens and agree `[E, 3]`: tokens whose top probability reaches each of `CONFIDENCES`, and
         those of them whose top token is the last exit's.
     """
-    features = exit_features(config, params, batch["tokens"], batch["segments"], numerics.dtype, numerics.serial)
+    features, _ = exit_features(config, numerics, params, batch)
     exits = features.shape[0]
     output = params["embedding"].astype(numerics.dtype)
 
     def step(part: tuple[Array, Array, Array]) -> dict[str, Array]:
         f, target, scored = part
-        logits = jnp.stack([_dot(output, f[e]) for e in range(exits)], axis=1)
+        logits = jnp.stack([dot(output, f[e]) for e in range(exits)], axis=1)
         log_probs = jax.nn.log_softmax(logits, axis=0)
         nll = -jnp.take_along_axis(log_probs, target[None, None], axis=0)[0]
         best, top = jnp.argmax(logits, axis=0), jnp.exp(jnp.max(log_probs, axis=0))
@@ -275,7 +298,7 @@ def exit_scores(
 
     scored = (batch["weights"] == 1).reshape(-1, numerics.chunk)
     parts = (
-        _chunks(features.astype(numerics.dtype), numerics.chunk),
+        chunks(features.astype(numerics.dtype), numerics.chunk),
         batch["targets"].reshape(-1, numerics.chunk),
         scored,
     )

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -154,36 +155,40 @@ class Trainer:
         self.at = Progressed(**progress | {"position": tuple(progress["position"])})
 
     def evaluate(self, split: str, batches: int | None) -> dict[str, dict]:
-        """Bits per byte and agreement with the last exit, per set and exit, on at most `batches` batches of each set.
+        """`score` of every set's `split` that has text."""
+        report: dict[str, dict] = {}
+        for name in (*demo_data.INSTRUCT, *demo_data.LM_TEXT, *demo_data.MEASURE_ONLY):
+            if scores := self.score(self.documents(name, split), batches):
+                report[name] = scores
+        return report
 
+    def score(self, documents: demo_data.Documents, batches: int | None) -> dict | None:
+        """Bits per byte and agreement with the last exit, per exit, on at most `batches` batches of the documents.
+
+        None where there is no text.
         Only answers are scored, given their questions; plain text is scored whole.
         """
         sizes = demo_data.bytes_per_token(self.work / "tokenizer")
         points = [str(point) for point in self.preset.model.exit_points]
-        report: dict[str, dict] = {}
-        for name in (*demo_data.INSTRUCT, *demo_data.LM_TEXT, *demo_data.MEASURE_ONLY):
-            documents = self.documents(name, split)
-            order = [(0, int(i)) for i in np.random.default_rng(0).permutation(len(documents))]
-            sums: dict[str, Any] = {"nll": 0.0, "tokens": 0.0, "agree": 0.0}
-            n_bytes = 0.0
-            for number, batch in enumerate(demo_data.pack([documents], order, self.preset.rows, self.preset.length)):
-                if batches is not None and number >= batches:
-                    break
-                scores = jax.device_get(self._scores(self.params, batch))
-                sums = {key: sums[key] + scores[key].astype(np.float64) for key in sums}
-                n_bytes += float(sizes[batch["targets"][batch["weights"] == 1]].sum())
-            if n_bytes == 0:
-                continue
-            report[name] = {"bytes": int(n_bytes), "tokens": int(sums["tokens"][0, 0]), "exits": {}}
-            for e, point in enumerate(points):
-                sure = {
-                    f"at_{confidence:g}": {
-                        "share": float(sums["tokens"][e, c] / sums["tokens"][e, 0]),
-                        "agreement": float(sums["agree"][e, c] / max(sums["tokens"][e, c], 1.0)),
-                    }
-                    for c, confidence in enumerate(CONFIDENCES)
+        order = [(0, int(i)) for i in np.random.default_rng(0).permutation(len(documents))]
+        sums: dict[str, Any] = {"nll": 0.0, "tokens": 0.0, "agree": 0.0}
+        n_bytes = 0.0
+        for batch in islice(demo_data.pack([documents], order, self.preset.rows, self.preset.length), batches):
+            scores = jax.device_get(self._scores(self.params, batch))
+            sums = {key: sums[key] + scores[key].astype(np.float64) for key in sums}
+            n_bytes += float(sizes[batch["targets"][batch["weights"] == 1]].sum())
+        if n_bytes == 0:
+            return None
+        report: dict[str, Any] = {"bytes": int(n_bytes), "tokens": int(sums["tokens"][0, 0]), "exits": {}}
+        for e, point in enumerate(points):
+            sure = {
+                f"at_{confidence:g}": {
+                    "share": float(sums["tokens"][e, c] / sums["tokens"][e, 0]),
+                    "agreement": float(sums["agree"][e, c] / max(sums["tokens"][e, c], 1.0)),
                 }
-                report[name]["exits"][point] = {"bits_per_byte": float(sums["nll"][e] / math.log(2) / n_bytes), **sure}
+                for c, confidence in enumerate(CONFIDENCES)
+            }
+            report["exits"][point] = {"bits_per_byte": float(sums["nll"][e] / math.log(2) / n_bytes), **sure}
         return report
 
     def export(self, folder: Path, metrics: dict) -> None:

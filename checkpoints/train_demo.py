@@ -48,6 +48,18 @@ def fast_bfloat16() -> bool:
     return seconds(jnp.float32) > 1.5 * seconds(jnp.bfloat16)
 
 
+def choose_dtype(name: str) -> Any:
+    """Dtype of matrix products that `--dtype` names.
+
+    Raises:
+        typer.BadParameter: it is none of them.
+    """
+    if name not in ("auto", "bfloat16", "float32"):
+        raise typer.BadParameter(f"--dtype must be auto, bfloat16 or float32, got {name!r}")
+    low = fast_bfloat16() if name == "auto" else name == "bfloat16"
+    return jnp.bfloat16 if low else jnp.float32
+
+
 def describe(trainer: Trainer, preset_name: str, finished: bool, split: str, evaluation: dict) -> dict:
     """What `metrics.json` holds."""
     preset, at = trainer.preset, trainer.at
@@ -161,12 +173,9 @@ def main(
     """Train the demo model and write its checkpoint folder."""
     if preset not in PRESETS:
         raise typer.BadParameter(f"no preset {preset!r}; there are {', '.join(PRESETS)}")
-    if dtype not in ("auto", "bfloat16", "float32"):
-        raise typer.BadParameter(f"--dtype must be auto, bfloat16 or float32, got {dtype!r}")
     if (minutes is None) == (steps is None):
         raise typer.BadParameter("give --minutes or --steps, and not both")
-    low = fast_bfloat16() if dtype == "auto" else dtype == "bfloat16"
-    trainer = Trainer(PRESETS[preset], data, work, seed, jnp.bfloat16 if low else jnp.float32)
+    trainer = Trainer(PRESETS[preset], data, work, seed, choose_dtype(dtype))
     if resume and (work / "state").exists():
         trainer.resume()
     kind = jnp.dtype(trainer.numerics.dtype).name

@@ -15,7 +15,7 @@ def segment_buckets(bucket: int, compacts: bool) -> tuple[int, ...]:
     """Row counts that a segment may run with in a batch of `bucket` rows, ascending: `bucket` alone without compaction.
 
     Halves down to an eighth, and three quarters of a large batch. Below an eighth the weights decide what a block
-    costs, not the rows, and every bucket is compiled for every block.
+    costs, not the rows (`python -m bench buckets`), and every bucket is compiled for every block.
     """
     if not compacts:
         return (bucket,)

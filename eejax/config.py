@@ -240,17 +240,22 @@ class ModelConfig:
         return self.sliding_window if self.sliding_from <= block < self.n_layers else None
 
     def with_exit_layers(self, layers: tuple[int, ...] | list[int]) -> Self:
-        """The same model with other exits. Exits with parameters are trained, so only a subset can be chosen."""
+        """The same model with other exits.
+
+        A head with parameters is trained, so only a subset can be chosen. With `shared` heads any block can be an exit;
+        if one of them has no probe, none keeps its own.
+        """
         for layer in layers:
             require_positive_int("ExitConfig", layers=layer)
         layers = tuple(sorted(set(layers)))
-        if self.exits.has_params:
-            unknown = [layer for layer in layers if layer not in self.exits.layers]
-            what = f"no {self.exits.head!r} exit head" if self.exits.head != "shared" else "no exit probe"
-            require(
-                not unknown, f"this checkpoint has {what} after blocks {unknown}; it has them after {self.exits.layers}"
-            )
-        return dataclasses.replace(self, exits=dataclasses.replace(self.exits, layers=layers))
+        unknown = [layer for layer in layers if layer not in self.exits.layers]
+        require(
+            not unknown or self.exits.head == "shared",
+            f"this checkpoint has no {self.exits.head!r} exit head after blocks {unknown}; it has them after "
+            f"{self.exits.layers}",
+        )
+        probes = self.exits.probes and not unknown
+        return dataclasses.replace(self, exits=dataclasses.replace(self.exits, layers=layers, probes=probes))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-ready mapping; `from_dict` reads it back."""

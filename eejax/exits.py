@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from eejax.control_flow import run_if
 from eejax.params import Measure
 from eejax.row_subset import RowSubset
 
@@ -97,15 +98,21 @@ def uniform_draw(rows: ExitRows, step: Int[Array, " B"]) -> Float[Array, " B"]:
     return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, RANDOM_STREAM)))(token_keys(rows, step))
 
 
-def top_probabilities(logits: Float[Array, "V B"]) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
-    """The two largest probabilities of each row."""
-    ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 0)
+def top_probabilities(
+    logits: Float[Array, "V B"], wanted: Bool[Array, " B"]
+) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+    """The largest probability of each row, and the second largest where `wanted` by any row (zeros otherwise)."""
     top = jnp.max(logits, axis=0)
-    # The first place of the maximum alone is taken out, so that a tie for the first rank leaves a margin of zero.
-    first = jnp.min(jnp.where(logits == top, ids, logits.shape[0]), axis=0)
-    second = jnp.max(jnp.where(ids == first, -jnp.inf, logits), axis=0)
     total = jnp.sum(jnp.exp(logits - top), axis=0)
-    return 1.0 / total, jnp.exp(second - top) / total
+
+    def second(_: Array) -> Array:
+        # A tie for the first rank leaves a margin of zero.
+        tied = jnp.sum(logits == top, axis=0) > 1
+        below = jnp.max(jnp.where(logits < top, logits, -jnp.inf), axis=0)
+        return jnp.exp(jnp.where(tied, top, below) - top) / total
+
+    # It takes longer than all the rest, and only `margin` asks for it.
+    return 1.0 / total, run_if(jnp.any(wanted), second, jnp.zeros_like(total))
 
 
 def similarity(before: Float[Array, "D B"], behind: Float[Array, "D B"]) -> Float[Array, " B"]:
@@ -120,7 +127,7 @@ def confidence(rows: ExitRows, seen: Observation) -> Float[Array, " B"]:
     """Each row's confidence under its own measure, below every threshold where that was not observed."""
     found: dict[str, Array] = {}
     if seen.logits is not None:
-        top, second = top_probabilities(seen.logits)
+        top, second = top_probabilities(seen.logits, uses(rows, frozenset({"margin"})))
         found |= {"softmax": top, "margin": top - second}
     if seen.similarity is not None:
         found["similarity"] = seen.similarity

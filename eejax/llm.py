@@ -165,7 +165,9 @@ class LLM:
         if exit_layers is not None:
             model = model.with_exit_layers(tuple(exit_layers))
             if "exits" in params:
-                params = {**params, "exits": {name: params["exits"][name] for name in model.exit_names}}
+                owned = {name: params["exits"][name] for name in model.exit_names} if model.exits.has_params else None
+                params = {name: part for name, part in params.items() if name != "exits"}
+                params |= {} if owned is None else {"exits": owned}
         max_model_len = options.get("max_model_len")
         length = model.max_position if max_model_len is None else max_model_len
         scheduler = scheduler_config(options)

@@ -109,6 +109,25 @@ def test_each_row_is_judged_by_its_own_measure():
     assert uses(frozenset({"random"})).tolist() == [True, False, False]
 
 
+def test_similarity_is_the_cosine_of_two_states():
+    before = np.array([[3.0, 1.0, 0.0, 2.0], [4.0, 0.0, 0.0, 2.0]], np.float32)
+    behind = np.array([[4.0, -2.0, 0.0, 1e3], [3.0, 0.0, 0.0, 1e3]], np.float32)
+    found = np.asarray(exits.similarity(jnp.asarray(before), jnp.asarray(behind)))
+    np.testing.assert_allclose(found, [0.96, -1.0, 0.0, 1.0], rtol=1e-6)
+    rng = np.random.default_rng(0)
+    states = rng.standard_normal((5, 1000)).astype(np.float32)
+    assert np.asarray(exits.similarity(jnp.asarray(states), jnp.asarray(3 * states))).max() <= 1.0
+
+
+def test_cheap_measures_are_what_was_observed_and_nothing_else():
+    measure = np.array([MEASURES.index(name) for name in ("similarity", "classifier", "softmax", "random")], np.int32)
+    given = rows(4, measure=measure)
+    four = jnp.array([0.25, 0.0, 0.5, 0.75])
+    seen = Observation(similarity=four, probe=jnp.array([9.0, np.log(3.0), 9.0, 9.0]), uniform=1 - four)
+    np.testing.assert_allclose(exits.confidence(given, seen), [0.25, 0.75, -np.inf, 0.25], rtol=1e-6)
+    assert exits.confidence(given, Observation(uniform=four)).tolist()[:3] == [-np.inf] * 3
+
+
 def test_random_confidence_ignores_the_logits():
     uniform = np.array([0.1, 0.9], np.float32)
     for logits in (np.zeros((3, 2)), np.full((3, 2), np.nan)):

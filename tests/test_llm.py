@@ -435,6 +435,9 @@ OPTIONS = [
     ({"dtype": "float64"}, ["dtype", "float64", "bfloat16"]),
     ({"dtype": 16}, ["dtype", 16, "bfloat16"]),
     ({"page_size": 0}, ["page_size", 0]),
+    ({"compaction": "on"}, ["compaction", "on", "auto, always, never"]),
+    ({"fill": "late"}, ["fill", "late", "auto, eager, deferred"]),
+    ({"rebatching": True}, ["rebatching", "True", "auto, always, never"]),
     ({"num_pages": 0}, ["num_pages", 0]),
     ({"num_pages": 2.5}, ["num_pages", 2.5]),
     ({"max_num_seqs": 0}, ["max_num_seqs", 0]),
@@ -648,6 +651,20 @@ def test_other_exits_for_a_checkpoint_with_shared_heads(llm: LLM, checkpoint: Pa
     assert outputs[1][0].outputs[0].exit_layers == (DEPTH, *[2] * 9)
     with pytest.raises(InvalidRequestError, match=r"\[1\].*\[2\]"):
         other.generate(ids(3, 4), greedy(early_exit=EarlyExitParams(exit_layers=[1])), use_tqdm=False)
+
+
+def test_a_shared_head_reads_behind_any_block_but_a_probe_does_not():
+    model, params = random_model("probes", n_layers=4)
+    options = {"max_num_seqs": 1, "max_model_len": 16, "page_size": PAGE, "num_pages": 4}
+    one = LLM.from_params(model, params, exit_layers=(2, 3), **options)
+    assert one.config.model.exits == ExitConfig((2, 3)) and "exits" not in one.engine.runner.params
+    early_exit = EarlyExitParams(0.0, exit_layers=[3])
+    [output] = one.generate(ids(3, 4), greedy(max_tokens=5, early_exit=early_exit), use_tqdm=False)
+    expected = reference(one.config.model, params, [3, 4], max_tokens=5, early_exit=early_exit)
+    assert expected.margins.smallest > 1e-4
+    assert (output.outputs[0].token_ids, set(expected.exit_layers[1:])) == (expected.token_ids, {3})
+    with pytest.raises(InvalidRequestError, match="classifier"):
+        one.generate(ids(3, 4), greedy(early_exit=EarlyExitParams(0.5, "classifier")), use_tqdm=False)
 
 
 @pytest.mark.parametrize("layers", [(3,), ()])

@@ -170,6 +170,15 @@ def test_thresholds_that_do_not_fit_the_model(options, message):
         EarlyExitParams(**options).thresholds_for(model())
 
 
+def test_a_classifier_needs_probes_and_other_measures_none():
+    with pytest.raises(InvalidRequestError, match=r"'classifier' needs a probe at each of the exits .2, 4.*tune-exits"):
+        EarlyExitParams(0.5, "classifier").thresholds_for(model())
+    probed = model(exits=ExitConfig((2, 4), probes=True))
+    assert EarlyExitParams(0.5, "classifier").thresholds_for(probed) == (0.5, 0.5)
+    for measure in ("softmax", "margin", "similarity", "random"):
+        assert EarlyExitParams(0.5, measure).thresholds_for(model()) == (0.5, 0.5)
+
+
 # --------------------------------------------------------------------------------------------------------------- model
 
 
@@ -271,8 +280,7 @@ def test_other_exits_only_where_the_head_is_shared():
         own.with_exit_layers((3, 4))
     probed = model(exits=ExitConfig((2, 4), probes=True))
     assert probed.with_exit_layers((2,)).exits == ExitConfig((2,), probes=True)
-    with pytest.raises(ConfigError, match=r"no exit probe after blocks \[5\]; .*\(2, 4\)"):
-        probed.with_exit_layers((4, 5))
+    assert probed.with_exit_layers((2, 5)).exits == ExitConfig((2, 5))  # a shared head reads anywhere, a probe does not
 
 
 def test_a_model_survives_json():

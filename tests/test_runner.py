@@ -26,11 +26,11 @@ SHAPE = "mha"  # three blocks, exits after 1 and 2, a shared head
 MODEL, PARAMS = random_model(SHAPE)
 DEPTH, EXITS = MODEL.n_layers, MODEL.exits.layers
 PAGES, PAGE, MAX_LEN, CHUNK = 16, 8, 32, 8
-AUTO = DecodeConfig()
+EAGER = DecodeConfig(fill="eager")
 NEVER = EarlyExitParams(1.0)  # asks every head, and no top probability reaches 1
 
 
-def config(num_pages: int = PAGES, model: ModelConfig = MODEL, decode: DecodeConfig = AUTO) -> EngineConfig:
+def config(num_pages: int = PAGES, model: ModelConfig = MODEL, decode: DecodeConfig = EAGER) -> EngineConfig:
     return EngineConfig(
         model=model,
         cache=CacheConfig(num_pages, PAGE),
@@ -391,6 +391,18 @@ def test_cheap_measures_ask_one_head_a_step(runner):
 def test_eager_fill_in_is_written_in_every_step(runner):
     result = decode(runner, sequence(runner, early_exit=always()))
     assert (result.fills, result.blocks_run) == (CHUNK * (DEPTH - EXITS[0]), CHUNK * EXITS[0])
+
+
+def test_by_default_fill_in_waits_where_a_row_is_alone_and_weights_are_large(monkeypatch):
+    def fills(*places: int) -> int:
+        runner = Runner(config(decode=DecodeConfig()), PARAMS)
+        return decode(runner, *[sequence(runner, place, early_exit=always()) for place in places]).fills
+
+    skipped = DEPTH - EXITS[0]
+    assert fills(0) == CHUNK * skipped
+    monkeypatch.setattr("eejax.runner.DEFERRED_KV_BYTES", 1)
+    assert fills(0) == CHUNK // WAITING_PER_ROW * skipped
+    assert fills(0, 1) == CHUNK * skipped
 
 
 def test_deferred_fill_in_is_written_for_many_tokens_at_once(runner, deferring):

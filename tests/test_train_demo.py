@@ -35,10 +35,8 @@ def write(file: Path, rows: list[dict[str, str]]) -> None:
         out.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_data(folder: Path) -> None:
     """Text in the layout of the real sets: counting fruit."""
-    folder = tmp_path_factory.mktemp("data")
     for split, count in (("train", 60), ("validation", 6)):
         for name in (*demo_data.INSTRUCT, *demo_data.MEASURE_ONLY):
             if (name, split) == ("dolly", "train"):
@@ -54,6 +52,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             write(folder / "instruct" / name / f"{split}.jsonl.gz", rows)
         texts = [{"text": f"I like {FRUIT[k % 8]} more than {FRUIT[k % 5]}. " * 3} for k in range(count)]
         write(folder / "lm_text" / "oasst1_en_messages" / f"{split}.jsonl.gz", texts)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_data(folder)
     return folder
 
 
@@ -82,8 +86,8 @@ def random_params() -> dict:
 
 
 def features(params: dict, batch: dict[str, np.ndarray], serial: bool) -> jax.Array:
-    run = jax.jit(lambda p, b: exit_features(MODEL, p, b["tokens"], b["segments"], jnp.float32, serial))
-    return run(params, batch)
+    numerics = Numerics(jnp.float32, serial, chunk=16)
+    return jax.jit(lambda p, b: exit_features(MODEL, numerics, p, b)[0])(params, batch)
 
 
 @pytest.mark.parametrize("serial", [True, False])
