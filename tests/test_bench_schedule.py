@@ -71,7 +71,9 @@ def test_calls_are_noted_with_their_steps_rows_and_depth(bench: Bench) -> None:
     one = bench.run(ROWS["fcfs"], "roomy", "early_exit")
     decodes = [call for call in one.calls if isinstance(call, DecodeCall)]
     assert sum(call.steps for call in decodes) == one.outcome.steps
-    assert sum(call.steps * call.bucket for call in decodes) == one.outcome.row_steps
+    assert sum(call.row_depth for call in decodes) <= one.outcome.row_steps
+    assert all(call.depth <= call.row_depth <= 4 * call.depth for call in decodes)
+    assert all(call.row_heads >= call.steps for call in decodes)
     assert all(0 < call.depth <= call.steps and call.seconds > 0 for call in decodes)
     assert sum(call.depth for call in decodes) < one.outcome.steps
     assert "run" not in vars(bench.engine.runner)
