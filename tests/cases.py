@@ -164,7 +164,7 @@ def thresholds_letting(
         ]
         for e in config.exits.layers
     }
-    return tuple(float(np.quantile(found[e], 1 - share)) for e in config.exits.layers)
+    return tuple(max(0.0, float(np.quantile(found[e], 1 - share))) for e in config.exits.layers)  # cosines go below 0
 
 
 def exit_settings(config: ModelConfig, params: dict, measure: str) -> Iterator[tuple[str, EarlyExitParams, set[int]]]:
