@@ -341,4 +341,4 @@ def test_the_demo_has_heads() -> None:
         predictor.predict(chat_prompt(tokenizer, [{"role": "user", "content": text}])[1], 512).quantile(0.5)
         for text in ("What does `npm sbom` do?", "Write an essay about the history of the Roman empire.")
     )
-    assert 1.5 * short < long
+    assert 1.2 * short < long
