@@ -14,12 +14,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from eejax import exits, sampling
 from eejax.config import ModelConfig
-from eejax.control_flow import run_if
+from eejax.decode_state import DecodeState, Plan, Rows, begin
 from eejax.kv_cache import PagedKVCache
 from eejax.model import bind
 from eejax.params import MAX_LOGPROBS
 from eejax.sampling import TokenLogprobs
-from eejax.step import DecodeState, Plan, Rows, begin, finish, run_pass
+from eejax.step import finish, run_pass
+from pallas_kernels.control_flow import run_if
 
 
 @jax.tree_util.register_dataclass

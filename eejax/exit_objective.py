@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from eejax.config import ModelConfig
-from eejax.model import EarlyExitTransformer, bind, linear, rms_norm
+from eejax.model import EarlyExitTransformer, bind
+from pallas_kernels.projection import linear, rms_norm
 
 type Arrays = Mapping[str, Any]
 

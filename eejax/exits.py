@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from eejax.control_flow import run_if
 from eejax.params import Measure
 from eejax.row_subset import RowSubset
+from pallas_kernels.control_flow import run_if
 
 MEASURES: tuple[str, ...] = get_args(Measure)
 """A row's measure travels to the device as an index into this."""

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from eejax.calibration import load_calibration
 from eejax.config import CacheConfig
+from eejax.kernels import choose_kernels
 from eejax.kv_cache import page_bytes
 from eejax.length_heads import load_length_heads
 from eejax.model import count_params, param_shapes
@@ -29,7 +30,7 @@ def describe(path: Path, dtype: str | None, page_size: int) -> dict[str, Any]:
 
     Raises:
         CheckpointError, TokenizerError: the folder is not a usable checkpoint.
-        ConfigError: `dtype` or `page_size` is not allowed.
+        ConfigError: `dtype`, `page_size` or `EEJAX_KERNELS` is not allowed.
     """
     served = resolve_dtype(dtype)
     CacheConfig(num_pages=1, page_size=page_size)
@@ -54,6 +55,7 @@ def describe(path: Path, dtype: str | None, page_size: int) -> dict[str, Any]:
         "stored_bytes": sum(leaf.nbytes for leaf in stored_leaves),
         "served_dtype": served.name,
         "served_bytes": total * served.itemsize,
+        "kernels": {name: choice._asdict() for name, choice in choose_kernels(model, page_size, served).items()},
         "exit_layers": list(model.exits.layers),
         "exit_head": model.exits.head,
         "length_heads": None if lengths is None else dict(lengths.about),
@@ -114,6 +116,10 @@ def print_description(found: dict[str, Any]) -> None:
         f"end {ends}, {'a' if tokenizer['chat_template'] else 'no'} chat template",
         "length heads": "none" if found["length_heads"] is None else "prompt, hidden",
         "calibrated thresholds": promises or "none",
+        "kernels": "; ".join(
+            f"{name} {choice['implementation']}" + (f" (not mosaic: {choice['refusal']})" if choice["refusal"] else "")
+            for name, choice in found["kernels"].items()
+        ),
         "KV page": f"{page['page_size']} tokens, {size(page['bytes'])}; {size(page['bytes_per_token'])} a token, "
         f"{size(page['bytes_longest_sequence'])} for the longest sequence",
     }

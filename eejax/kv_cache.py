@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from eejax.config import CacheConfig, ModelConfig
+from pallas_kernels import pages
+from pallas_kernels.pages import Slots
 
 
 @jax.tree_util.register_dataclass
@@ -24,15 +26,6 @@ class PagedKVCache:
 
     k: Float[Array, "L P K S C"]
     v: Float[Array, "L P K S C"]
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, slots=True)
-class Slots:
-    """Where tokens' K and V go: page ids and slots within them. A page id of P or above drops the write."""
-
-    pages: Int[Array, " N"]
-    offsets: Int[Array, " N"]
 
 
 def init_cache(model: ModelConfig, cache: CacheConfig, dtype: jnp.dtype) -> PagedKVCache:
@@ -49,18 +42,11 @@ def page_bytes(model: ModelConfig, page_size: int, itemsize: int) -> int:
 def slots_of(cache: PagedKVCache, page_table: Int[Array, "N M"], positions: Int[Array, " N"], valid: Array) -> Slots:
     """Slots of the tokens at `positions`, one row of the page table each; where not `valid`, writes are dropped."""
     num_pages, page_size = cache.k.shape[1], cache.k.shape[3]
-    # Padding may stand at any position: clip the look-up, whose result is then not used.
-    pages = jnp.take_along_axis(page_table, (positions // page_size)[:, None], axis=1, mode="clip")[:, 0]
-    return Slots(jnp.where(valid, pages, num_pages), positions % page_size)
+    return pages.slots_of(page_table, positions, page_size).only(valid, num_pages)
 
 
 def write(
     cache: PagedKVCache, layer: int, slots: Slots, k: Float[Array, "K C N"], v: Float[Array, "K C N"]
 ) -> PagedKVCache:
     """The cache with `k` and `v` of N tokens written into block `layer`'s pages; in place when donated."""
-
-    def put(pages: Array, values: Array) -> Array:
-        values = jnp.moveaxis(values, -1, 0).astype(pages.dtype)
-        return pages.at[layer, slots.pages, :, slots.offsets].set(values, mode="drop")
-
-    return PagedKVCache(put(cache.k, k), put(cache.v, v))
+    return PagedKVCache(pages.write(cache.k, layer, slots, k), pages.write(cache.v, layer, slots, v))

@@ -8,15 +8,16 @@ written then: nothing waits while a row could be parked, preempted or regrouped.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, chain
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from eejax.control_flow import run_if
-from eejax.kv_cache import PagedKVCache, Slots, slots_of, write
+import pallas_kernels as kernels
+from eejax.kv_cache import PagedKVCache, Slots, slots_of
 from eejax.model import EarlyExitTransformer
 
 WAITING_PER_ROW = 4
@@ -55,25 +56,9 @@ def cached_in(model: EarlyExitTransformer, segment: int) -> tuple[int, ...]:
     return (*blocks, *model.exit_blocks(blocks.stop))
 
 
-def fill(
-    model: EarlyExitTransformer,
-    layers: Iterable[int],
-    x: Float[Array, "D N"],
-    positions: Int[Array, " N"],
-    cache: PagedKVCache,
-    slots: Slots,
-) -> PagedKVCache:
-    """Write the K and V that cached blocks `layers` have for hidden states which do not go through them."""
-    freq = model.frequencies()
-    for layer in layers:
-        k, v = model.cached_blocks[layer].keys_values(x, positions, freq)
-        cache = write(cache, layer, slots, k, v)
-    return cache
-
-
 @dataclass(frozen=True, slots=True)
-class Missing:
-    """N tokens, of which the `valid` ones lack their K and V in a segment."""
+class Tokens:
+    """N tokens, of which the `valid` ones are to be written into the cache."""
 
     x: Float[Array, "D N"]
     positions: Int[Array, " N"]
@@ -81,21 +66,82 @@ class Missing:
     valid: Bool[Array, " N"]
 
     @classmethod
-    def nothing(cls, model: EarlyExitTransformer, page_table: Int[Array, "B M"]) -> Missing:
+    def none(cls, model: EarlyExitTransformer, page_table: Int[Array, "B M"]) -> Tokens:
         """No token."""
         empty = jnp.zeros(0, jnp.int32)
         x = jnp.zeros((model.config.hidden_size, 0), model.embedding[...].dtype)
         return cls(x, empty, page_table[:0], empty.astype(bool))
 
+    def followed_by(self, others: Tokens) -> Tokens:
+        """These and then the others."""
+        return Tokens(
+            jnp.concatenate([self.x, others.x], axis=1),
+            jnp.concatenate([self.positions, others.positions]),
+            jnp.concatenate([self.page_table, others.page_table]),
+            jnp.concatenate([self.valid, others.valid]),
+        )
 
-def waiting_for(waiting: Waiting, segment: int, page_table: Int[Array, "B M"], rows: Bool[Array, " B"]) -> Missing:
+    def slots(self, cache: PagedKVCache) -> Slots:
+        """Where they go."""
+        return slots_of(cache, self.page_table, self.positions, self.valid)
+
+
+def fill(
+    model: EarlyExitTransformer,
+    layers: Sequence[int],
+    tokens: Tokens,
+    cache: PagedKVCache,
+    from_layer: Int[Array, " N"] | int = 0,
+) -> PagedKVCache:
+    """Write the K and V that cached blocks `layers` have for hidden states which do not go through them.
+
+    Args:
+        from_layer: index into `layers` from which on a token lacks them; `len(layers)` where it lacks none.
+    """
+    blocks = [model.cached_blocks[layer].kv_projection for layer in layers]
+    k, v = kernels.kv_fill(
+        tokens.x,
+        blocks,
+        cache.k,
+        cache.v,
+        tokens.page_table,
+        tokens.positions,
+        jnp.where(tokens.valid, from_layer, len(layers)).astype(jnp.int32),
+        layers=layers,
+        freq=model.frequencies(),
+    )
+    return PagedKVCache(k, v)
+
+
+def fill_segments(
+    model: EarlyExitTransformer, tokens: Tokens, filled: Int[Array, " N"], cache: PagedKVCache
+) -> tuple[PagedKVCache, Int[Array, ""]]:
+    """Write the K and V of tokens in all segments from `filled` on, which is 1 or above.
+
+    Returns:
+        The cache, and the number of blocks whose projection that took.
+    """
+    by_segment = [cached_in(model, segment) for segment in range(1, len(model.config.segments))]
+    layers = tuple(chain.from_iterable(by_segment))
+    # Where each segment's blocks begin among all of them; nothing is missing behind the last.
+    starts = jnp.array([0, 0, *accumulate(map(len, by_segment))], jnp.int32)
+    from_layer = jnp.where(tokens.valid, starts[filled], len(layers))
+    cache = fill(model, layers, tokens, cache, from_layer)
+    return cache, len(layers) - jnp.min(from_layer)
+
+
+def waiting_for(waiting: Waiting, segment: int, page_table: Int[Array, "B M"], rows: Bool[Array, " B"]) -> Tokens:
     """What waits for a segment, of some rows: W times B tokens, valid or not."""
+    return _all_places(waiting, page_table, (waiting.filled == segment) & rows)
+
+
+def _all_places(waiting: Waiting, page_table: Int[Array, "B M"], valid: Bool[Array, "W B"]) -> Tokens:
     count = waiting.filled.size
-    return Missing(
+    return Tokens(
         x=waiting.x.reshape(-1, count),
         positions=waiting.positions.reshape(count),
         page_table=jnp.broadcast_to(page_table, (WAITING_PER_ROW, *page_table.shape)).reshape(count, -1),
-        valid=((waiting.filled == segment) & rows).reshape(count),
+        valid=valid.reshape(count),
     )
 
 
@@ -120,23 +166,8 @@ def enqueue(
 def flush(
     model: EarlyExitTransformer, waiting: Waiting, page_table: Int[Array, "B M"], cache: PagedKVCache
 ) -> tuple[Waiting, PagedKVCache, Int[Array, ""]]:
-    """Write all that waits. Returns the number of blocks whose projection that took, too."""
-    everybody = jnp.ones(page_table.shape[:1], bool)
-    carry = (waiting, cache, jnp.zeros((), jnp.int32))
-    for segment in range(1, len(model.config.segments)):
-
-        def write_one(carry: tuple, segment: int = segment) -> tuple:
-            waiting, cache, fills = carry
-            due = waiting_for(waiting, segment, page_table, everybody)
-            layers = cached_in(model, segment)
-            cache = fill(model, layers, due.x, due.positions, cache, slots_of_missing(cache, due))
-            filled = jnp.where(waiting.filled == segment, segment + 1, waiting.filled)
-            return replace(waiting, filled=filled), cache, fills + len(layers)
-
-        carry = run_if(jnp.any(carry[0].filled == segment), write_one, carry)
-    return carry
-
-
-def slots_of_missing(cache: PagedKVCache, missing: Missing) -> Slots:
-    """Where they go."""
-    return slots_of(cache, missing.page_table, missing.positions, missing.valid)
+    """Write all that waits, in one go. Returns the number of blocks whose projection that took, too."""
+    done = len(model.config.segments)
+    tokens = _all_places(waiting, page_table, waiting.filled < done)
+    cache, fills = fill_segments(model, tokens, waiting.filled.reshape(-1), cache)
+    return replace(waiting, filled=jnp.full_like(waiting.filled, done)), cache, fills

@@ -22,53 +22,15 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 from eejax.config import ModelConfig, RopeScaling
+from pallas_kernels.projection import KVProjection, dot, keys_values, linear, rms_norm, rope
 
 INIT_SCALE = 0.02
 
 type Attend[Cache] = Callable[[Array, Array, Array, Cache], tuple[Array, Cache]]
 """`attend(q [H, C, *N], k [K, C, *N], v [K, C, *N], cache) -> (o [H, C, *N], cache)`"""
-
-
-def _dot(a: Array, b: Array) -> Array:
-    return jax.lax.dot_general(a, b, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-
-
-@jax.custom_vjp
-def linear(weight: Float[Array, "o i"], x: Float[Array, "i *N"]) -> Float[Array, "o *N"]:
-    """`weight @ x`, multiplied in the weight's dtype, summed in float32, returned in `x`'s dtype."""
-    return _dot(weight, x.astype(weight.dtype)).astype(x.dtype)
-
-
-def _linear_forward(weight: Array, x: Array) -> tuple[Array, tuple[Array, Array, Array]]:
-    low = x.astype(weight.dtype)
-    return _dot(weight, low).astype(x.dtype), (weight, low, jnp.zeros((0,), x.dtype))
-
-
-def _linear_backward(saved: tuple[Array, Array, Array], dy: Array) -> tuple[Array, Array]:
-    # XLA:CPU multiplies six times slower when the left operand is read by columns, so W is turned round beforehand:
-    # the layout makes that a real transpose instead of a column-major view.
-    weight, low, like = saved
-    turned = with_layout_constraint(weight.T, Layout(major_to_minor=(0, 1)))
-    dy = dy.astype(weight.dtype)
-    tokens = tuple(range(1, dy.ndim))
-    dw = jax.lax.dot_general(dy, low, ((tokens, tokens), ((), ())), preferred_element_type=jnp.float32)
-    return dw.astype(weight.dtype), _dot(turned, dy).astype(like.dtype)
-
-
-linear.defvjp(_linear_forward, _linear_backward)
-
-
-def rms_norm(weight: Float[Array, " D"], x: Float[Array, "D *N"], eps: float, axis: int = 0) -> Float[Array, "D *N"]:
-    """Root-mean-square norm over `axis`, computed in float32 and returned in `x`'s dtype."""
-    shape = [1] * x.ndim
-    shape[axis] = -1
-    y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=axis, keepdims=True) + eps)
-    return y.astype(x.dtype) * weight.reshape(shape).astype(x.dtype)
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Float[Array, " C/2"]:
@@ -81,14 +43,6 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -
     blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     blend = jnp.clip(blend, 0.0, 1.0)
     return freq * (blend + (1 - blend) / scaling.factor)
-
-
-def rope(x: Float[Array, "heads C *N"], positions: Int[Array, "*N"], freq: Float[Array, " C/2"]) -> Array:
-    """Rotate the two halves of `C` by `positions * freq` (rotary embedding, arXiv 2104.09864), in float32."""
-    angle = freq.reshape(-1, *[1] * positions.ndim) * positions.astype(jnp.float32)
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=1).astype(x.dtype)
 
 
 def _normal(rngs: nnx.Rngs, *shape: int) -> nnx.Param:
@@ -141,21 +95,17 @@ class Block(nnx.Module):
             q = rms_norm(self.q_norm[...], q, config.norm_eps, axis=1)
         return rope(q, positions, freq)
 
-    def _keys_values(self, h: Array, positions: Array, freq: Array) -> tuple[Array, Array]:
+    @property
+    def kv_projection(self) -> KVProjection:
+        """What makes this block's K and V, all that KV fill-in needs of it."""
         config = self.config
-        kv = linear(self.wkv[...], h)
-        if config.attention_bias:
-            kv = kv + self.bkv[...].reshape(-1, *[1] * positions.ndim).astype(kv.dtype)
-        k, v = kv.reshape(2, config.n_kv_heads, config.head_dim, *positions.shape)
-        if config.qk_norm:
-            k = rms_norm(self.k_norm[...], k, config.norm_eps, axis=1)
-        return rope(k, positions, freq), v
-
-    def keys_values(
-        self, x: Float[Array, "D *N"], positions: Int[Array, "*N"], freq: Array
-    ) -> tuple[Float[Array, "K C *N"], Float[Array, "K C *N"]]:
-        """This block's K and V of hidden state `x`, all that KV fill-in needs (CALM, arXiv 2207.07061, sec. 3.1)."""
-        return self._keys_values(rms_norm(self.attn_norm[...], x, self.config.norm_eps), positions, freq)
+        return KVProjection(
+            norm=self.attn_norm[...],
+            wkv=self.wkv[...],
+            bkv=self.bkv[...] if config.attention_bias else None,
+            k_norm=self.k_norm[...] if config.qk_norm else None,
+            eps=config.norm_eps,
+        )
 
     def __call__[Cache](
         self,
@@ -182,7 +132,7 @@ class Block(nnx.Module):
             mine = positions[: x.shape[1]]
             all_h = jnp.concatenate([h, rms_norm(self.attn_norm[...], beside, self.config.norm_eps)], axis=1)
         q = self._queries(h, mine, freq)
-        k, v = self._keys_values(all_h, positions, freq)
+        k, v = keys_values(self.kv_projection, all_h, positions, freq)
         o, cache = attend(q, k, v, cache)
         middle = x + linear(self.wo[...], o.reshape(-1, *mine.shape))
         out = middle + self.mlp(rms_norm(self.mlp_norm[...], middle, self.config.norm_eps))
@@ -295,9 +245,7 @@ class EarlyExitTransformer(nnx.Module):
     def logits(self, layer: int, features: Float[Array, "D *N"]) -> Float[Array, "V *N"]:
         """Float32 logits at exit point `layer`."""
         weight = self.output_matrix(layer)
-        return jax.lax.dot_general(
-            weight, features.astype(weight.dtype), (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
-        )
+        return dot(weight, features.astype(weight.dtype))
 
     def exit_features(
         self, tokens: Int[Array, "B T"], dtype: jnp.dtype | None = None, remat: bool = False

@@ -13,14 +13,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from eejax import sampling
 from eejax.config import ModelConfig
-from eejax.control_flow import run_if
+from eejax.decode_state import Rows
 from eejax.exits import token_keys
 from eejax.kv_cache import PagedKVCache, slots_of, write
-from eejax.kv_fill import fill
+from eejax.kv_fill import Tokens, fill
 from eejax.model import bind
 from eejax.sampling import TokenLogprobs
-from eejax.step import Rows
 from pallas_kernels import paged_prefill_attention
+from pallas_kernels.control_flow import run_if
 
 
 def prefill(
@@ -53,7 +53,8 @@ def prefill(
     valid = jnp.arange(count) < length
     positions = start + jnp.arange(count)
     seen = jnp.where(valid, positions, -1)
-    slots = slots_of(cache, jnp.broadcast_to(rows.page_table, (count, rows.page_table.shape[1])), positions, valid)
+    tables = jnp.broadcast_to(rows.page_table, (count, rows.page_table.shape[1]))
+    slots = slots_of(cache, tables, positions, valid)
     freq = model.frequencies()
     x = model.embed(tokens)
     middle = x
@@ -69,7 +70,7 @@ def prefill(
 
         out, middle, cache = block(x, positions, freq, attend, cache)
         x = jnp.where(depths > layer, out, x)
-        cache = fill(model, model.exit_blocks(layer + 1), x, positions, cache, slots)
+        cache = fill(model, model.exit_blocks(layer + 1), Tokens(x, positions, tables, valid), cache)
 
     last = length - 1
     x, middle = (jax.lax.dynamic_slice_in_dim(a, last, 1, axis=1) for a in (x, middle))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -57,3 +58,9 @@ class RowSubset:
 
 def _columns(values: Array, index: Int[Array, " n"]) -> Array:
     return values.at[..., index].get(mode="promise_in_bounds")
+
+
+def each_bucket(buckets: tuple[int, ...], count: Int[Array, ""]) -> Iterator[tuple[int, Bool[Array, ""]]]:
+    """Every bucket, ascending, and whether it is the smallest that holds `count` rows; none is where there are none."""
+    for below, size in zip((0, *buckets), buckets, strict=False):
+        yield size, (below < count) & (count <= size)

@@ -22,14 +22,16 @@ import numpy as np
 from eejax.buckets import bucket_of, segment_buckets
 from eejax.config import MIN_PREFILL_BUCKET, EngineConfig
 from eejax.decode import decode_chunk
+from eejax.decode_state import COUNTERS, DecodeState, Plan, Rows
 from eejax.exits import MEASURES, ExitRows
+from eejax.kernels import choose_kernels
 from eejax.kv_cache import init_cache
 from eejax.params import DecayingThreshold
 from eejax.prefill import prefill
 from eejax.request import Logprob, MicroBatch, RowResult, Sequence, StepResult
 from eejax.sampling import SamplingRows, TokenLogprobs
 from eejax.scoring import Scores, check_text, score_text
-from eejax.step import COUNTERS, DecodeState, Plan, Rows
+from pallas_kernels.api import check_page_ids
 
 DEFERRED_KV_BYTES = 2**20
 """K and V projections of at least this size are read for several tokens at once where a row is alone. Measured on CPU:
@@ -92,13 +94,19 @@ class Compiled:
 
 
 class Runner:
-    """Owns parameters and KV cache on the device and runs micro-batches over them."""
+    """Owns parameters and KV cache on the device and runs micro-batches over them.
+
+    Raises:
+        ConfigError: `EEJAX_KERNELS` has an unknown value, or demands a kernel that does not take this model.
+    """
 
     def __init__(self, config: EngineConfig, params: dict) -> None:
         use_compilation_cache()
         self.config = config
         self.params = params
-        self.cache = init_cache(config.model, config.cache, jax.tree.leaves(params)[0].dtype)
+        dtype = jax.tree.leaves(params)[0].dtype
+        choose_kernels(config.model, config.cache.page_size, dtype)
+        self.cache = init_cache(config.model, config.cache, dtype)
         self._compiled = Compiled()
 
     @property
@@ -272,6 +280,7 @@ class Runner:
             top_k[i] = min(params.top_k, self.config.model.vocab_size)  # any integer is allowed, int32 is not any
             top_p[i], min_p[i] = params.top_p, params.min_p
             logprobs[i] = -1 if params.logprobs is None else params.logprobs
+        check_page_ids(table, self.config.cache.num_pages)
         return Rows(
             _host(table),
             _host(stop_ids),

@@ -17,10 +17,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from eejax import exits, sampling
 from eejax.config import ModelConfig
-from eejax.control_flow import run_if
 from eejax.errors import InvalidRequestError
 from eejax.exits import ExitRows, Observation
 from eejax.model import Block, EarlyExitTransformer, attend_causal, bind
+from pallas_kernels.control_flow import run_if
 
 COLUMNS = 128
 """Tokens whose logits exist at a time: of a whole text they would take more memory than the model."""

@@ -12,130 +12,20 @@ the same without cache or batch. Every function here is pure.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from eejax import exits, kv_fill
-from eejax.control_flow import run_if
-from eejax.exits import ExitRows
-from eejax.kv_cache import PagedKVCache, slots_of, write
-from eejax.kv_fill import Missing, Waiting
+from eejax.decode_state import DecodeState, Plan, Rows, Step
+from eejax.kv_cache import PagedKVCache, write
+from eejax.kv_fill import Tokens
 from eejax.model import Block, EarlyExitTransformer
-from eejax.row_subset import RowSubset
-from eejax.sampling import SamplingRows
+from eejax.row_subset import RowSubset, each_bucket
 from pallas_kernels import paged_attention
-
-COUNTERS = ("steps", "blocks", "heads", "row_blocks", "row_heads", "fills")
-"""What a chunk counts: passes; blocks run, and vocabulary projections; rows computed, summed over either; blocks whose
-K and V projection ran for fill-in alone. Blocks that exits own do not count."""
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """What a batch of B rows brings along, fixed during a chunk. Padding rows have `live` false.
-
-    Attributes:
-        page_table: physical pages by position; entries behind the reserved ones may hold any valid id.
-        stop_ids: tokens that end the row, padded with -1 (Z of them).
-    """
-
-    page_table: Int[Array, "B M"]
-    stop_ids: Int[Array, "B Z"]
-    exits: ExitRows
-    sampling: SamplingRows
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, slots=True)
-class DecodeState:
-    """Where each row stands.
-
-    Attributes:
-        tokens: the next step's input.
-        positions: that token's position.
-        generated: answer tokens so far.
-        budget: answer tokens that may still follow.
-        live: whether the row takes part.
-    """
-
-    tokens: Int[Array, " B"]
-    positions: Int[Array, " B"]
-    generated: Int[Array, " B"]
-    budget: Int[Array, " B"]
-    live: Bool[Array, " B"]
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, slots=True)
-class Step:
-    """Rows on their way through the network.
-
-    Attributes:
-        x: hidden states; of resolved rows, frozen.
-        segment: that each row stands at; the number of segments for rows that are resolved, or take no part.
-        filled: segments in which K and V of the row's token are written.
-        held: passes that the row has been standing there.
-        exit_at: blocks that each row ran.
-        features: what the output matrix multiplies, of resolved rows.
-        logits: valid for rows that are `scored`.
-        scored: rows whose logits are known already.
-        waiting: for deferred fill-in; None where it is eager.
-        counts: `COUNTERS` so far in this chunk.
-    """
-
-    cache: PagedKVCache
-    x: Float[Array, "D B"]
-    segment: Int[Array, " B"]
-    filled: Int[Array, " B"]
-    held: Int[Array, " B"]
-    exit_at: Int[Array, " B"]
-    features: Float[Array, "D B"]
-    logits: Float[Array, "V B"]
-    scored: Bool[Array, " B"]
-    waiting: Waiting | None
-    counts: Int[Array, " 6"]
-
-    def counting(self, **more: int | Array) -> Step:
-        """With some counters advanced."""
-        return replace(self, counts=self.counts + jnp.stack([jnp.int32(more.get(name, 0)) for name in COUNTERS]))
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """How segments are run; fixed when the program is compiled.
-
-    Attributes:
-        buckets: row counts that a segment may run with, ascending; the last one is B.
-        deferred: fill-in is deferred.
-    """
-
-    buckets: tuple[int, ...]
-    deferred: bool
-
-
-def begin(model: EarlyExitTransformer, plan: Plan, cache: PagedKVCache, count: int) -> Step:
-    """`count` rows, none of which has begun."""
-    config, dtype = model.config, model.embedding[...].dtype
-    zeros, none = jnp.zeros((count,), jnp.int32), jnp.zeros((count,), bool)
-    last = jnp.full((count,), len(config.segments), jnp.int32)
-    states = jnp.zeros((config.hidden_size, count), dtype)
-    return Step(
-        cache=cache,
-        x=states,
-        segment=last,
-        filled=last,
-        held=zeros,
-        exit_at=zeros,
-        features=states,
-        logits=jnp.zeros((config.vocab_size, count), jnp.float32),
-        scored=none,
-        waiting=kv_fill.nobody_waits(model, count, dtype) if plan.deferred else None,
-        counts=jnp.zeros((len(COUNTERS),), jnp.int32),
-    )
+from pallas_kernels.control_flow import run_if
 
 
 def run_pass(
@@ -176,9 +66,8 @@ def run_pass(
         goes = count > 0
         if index:
             goes &= hurry | (count >= hold) | jnp.any(here & (step.held >= hold))
-        for below, size in zip((0, *plan.buckets), plan.buckets, strict=False):
-            chosen = goes & (below < count) & (count <= size)
-            step = _run_in_bucket(model, rows, state, step, index, size, chosen)
+        for size, fits in each_bucket(plan.buckets, count):
+            step = _run_in_bucket(model, rows, state, step, index, size, goes & fits)
     resolved = state.live & (step.segment == done)
     step = _settle(model, rows, state, step, resolved)
     return score(model, plan, step, resolved), resolved
@@ -220,12 +109,11 @@ def _run_segment(
     subset = RowSubset.of(here, size)
     page_table, positions = subset.take_table(rows.page_table), subset.take(state.positions)
     runs = subset.take(here)
-    lengths = jnp.where(runs, positions + 1, 0)
 
     # Eager: K and V that are due of resolved rows are projected beside those of the rows that run.
     due = here if step.waiting is not None else state.live & (step.filled == index)
     if step.waiting is None:
-        beside = Missing(
+        beside = Tokens(
             x=subset.others(step.x),
             positions=subset.others(state.positions),
             page_table=subset.other_tables(rows.page_table),
@@ -236,27 +124,25 @@ def _run_segment(
         filled = jnp.where((step.waiting.filled == index) & here, index + 1, step.waiting.filled)
         step = replace(step, waiting=replace(step.waiting, filled=filled))
     else:
-        beside = Missing.nothing(model, rows.page_table)
-    mine = slots_of(step.cache, page_table, positions, subset.take(due))
-    theirs = kv_fill.slots_of_missing(step.cache, beside)
-    slots = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), mine, theirs)
-    all_positions = jnp.concatenate([positions, beside.positions])
+        beside = Tokens.none(model, rows.page_table)
+    x = subset.take(step.x)
+    written = Tokens(x, positions, page_table, subset.take(due)).followed_by(beside)
+    slots = written.slots(step.cache)
 
     freq, cache = model.frequencies(), step.cache
-    x = subset.take(step.x)
     before = middle = x
     for layer in blocks:
 
         def attend(q: Array, k: Array, v: Array, cache: PagedKVCache, layer: int = layer) -> tuple[Array, PagedKVCache]:
             cache = write(cache, layer, slots, k, v)
-            return _attention(model, layer, q, cache, page_table, lengths), cache
+            return _attention(model, layer, q, cache, page_table, positions, runs), cache
 
         before = x
-        out, middle, cache = model.blocks[layer](x, all_positions, freq, attend, cache, beside.x)
+        out, middle, cache = model.blocks[layer](x, written.positions, freq, attend, cache, beside.x)
         # A frozen row's K and V came out of the projection above; the rest of what it computed is dropped.
         x = jnp.where(runs, out, x)
-    behind = jnp.concatenate([x, beside.x], axis=1)
-    cache = kv_fill.fill(model, model.exit_blocks(blocks.stop), behind, all_positions, cache, slots)
+    behind = replace(written, x=jnp.concatenate([x, beside.x], axis=1))
+    cache = kv_fill.fill(model, model.exit_blocks(blocks.stop), behind, cache)
     step = replace(
         step,
         cache=cache,
@@ -296,11 +182,11 @@ def _test_exit(
 
     def run_block(block: Block, x: Array) -> Array:
         (own,) = model.exit_blocks(layer)
-        lengths, page_table = jnp.where(asks, positions + 1, 0), subset.take_table(rows.page_table)
+        page_table = subset.take_table(rows.page_table)
 
         def attend(q: Array, _k: Array, _v: Array, cache: PagedKVCache) -> tuple[Array, PagedKVCache]:
             # K and V have been written, for rows that do not ask as well; XLA leaves their second projection out.
-            return _attention(model, own, q, cache, page_table, lengths), cache
+            return _attention(model, own, q, cache, page_table, positions, asks), cache
 
         return block(x, positions, model.frequencies(), attend, step.cache)[0]
 
@@ -344,41 +230,32 @@ def _attention(
     q: Float[Array, "H C B"],
     cache: PagedKVCache,
     page_table: Int[Array, "B M"],
-    lengths: Int[Array, " B"],
+    positions: Int[Array, " B"],
+    active: Bool[Array, " B"],
 ) -> Float[Array, "H C B"]:
-    """What one query per row finds in its first `lengths` tokens of cached block `layer`."""
+    """What one query per active row finds in cached block `layer`, up to its own position."""
     window = model.config.window_of(layer)
     q = jnp.moveaxis(q, -1, 0)
-    o = paged_attention(q, cache.k, cache.v, page_table, lengths, layer=layer, sliding_window=window)
+    o = paged_attention(
+        q, cache.k, cache.v, page_table, positions + 1, layer=layer, active=active, sliding_window=window
+    )
     return jnp.moveaxis(o, 0, -1)
 
 
 def _settle(model: EarlyExitTransformer, rows: Rows, state: DecodeState, step: Step, resolved: Array) -> Step:
-    """See to the K and V that resolved rows lack: eager, they are written, segment by segment; deferred, they wait."""
+    """See to the K and V that resolved rows lack: eager, they are written; deferred, they wait."""
     done = len(model.config.segments)
+    lacks = jnp.where(resolved, step.filled, done)
     if step.waiting is not None:
         # Of rows that have ended nothing is read any more.
         waiting = replace(step.waiting, filled=jnp.where(state.live, step.waiting.filled, done))
-        lacks = jnp.where(resolved, step.filled, done)
         waiting = kv_fill.enqueue(model, waiting, step.x, state.positions, lacks)
         step = replace(step, waiting=waiting, filled=jnp.where(resolved, done, step.filled))
         full = jnp.any(jnp.all(waiting.filled < done, axis=0))
         return run_if(full, lambda step: _flush(model, rows, step), step)
-    for index in range(1, done):
-        due = resolved & (step.filled == index)
-
-        def write_missing(step: Step, index: int = index, due: Array = due) -> Step:
-            missing = Missing(step.x, state.positions, rows.page_table, due)
-            layers = kv_fill.cached_in(model, index)
-            slots = kv_fill.slots_of_missing(step.cache, missing)
-            return replace(
-                step,
-                cache=kv_fill.fill(model, layers, step.x, state.positions, step.cache, slots),
-                filled=jnp.where(due, index + 1, step.filled),
-            ).counting(fills=len(layers))
-
-        step = run_if(jnp.any(due), write_missing, step)
-    return step
+    tokens = Tokens(step.x, state.positions, rows.page_table, resolved)
+    cache, fills = kv_fill.fill_segments(model, tokens, lacks, step.cache)
+    return replace(step, cache=cache, filled=jnp.where(resolved, done, step.filled)).counting(fills=fills)
 
 
 def finish(model: EarlyExitTransformer, rows: Rows, state: DecodeState, step: Step) -> Step:
@@ -403,8 +280,7 @@ def score(model: EarlyExitTransformer, plan: Plan, step: Step, resolved: Bool[Ar
     for layer in (config.n_layers,) if tied else config.exit_points:
         todo = resolved & ~step.scored
         todo = todo if tied else todo & (step.exit_at == layer)
-        count = jnp.sum(todo)
-        for below, size in zip((0, *plan.buckets), plan.buckets, strict=False):
+        for size, fits in each_bucket(plan.buckets, jnp.sum(todo)):
 
             def project(step: Step, layer: int = layer, todo: Array = todo, size: int = size) -> Step:
                 subset = RowSubset.of(todo, size)
@@ -415,5 +291,5 @@ def score(model: EarlyExitTransformer, plan: Plan, step: Step, resolved: Bool[Ar
                     scored=step.scored | todo,
                 ).counting(heads=1, row_heads=size)
 
-            step = run_if((below < count) & (count <= size), project, step)
+            step = run_if(fits, project, step)
     return step

@@ -1,15 +1,23 @@
-"""The one door to attention over the paged cache: checks arguments, then runs the XLA implementation.
+"""The one door to attention over the paged cache and to KV fill-in: checks arguments and picks the implementation.
 
-Shapes use the alphabet of `eejax.model`: B rows, T tokens, H query heads, K key/value heads, C head dimension,
-L blocks, P pages, S slots of a page; M is the width of a page table.
+Shapes use the alphabet of `eejax.model`: B rows, T tokens of a row, N tokens of any rows, D hidden size, H query heads,
+K key/value heads, C head dimension, L blocks, P pages, S slots of a page; M is the width of a page table.
+
+`implementation` is `mosaic` (kernels for Hopper GPUs), `xla` (every other device) or `auto`, see
+`pallas_kernels.implementation.resolve`. All compute the same up to rounding.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import reference
+from pallas_kernels.implementation import Implementation, resolve
+from pallas_kernels.projection import KVProjection
 
 
 def paged_attention(
@@ -20,8 +28,10 @@ def paged_attention(
     lengths: Int[Array, " B"],
     *,
     layer: int,
+    active: Bool[Array, " B"] | None = None,
     scale: float | None = None,
     sliding_window: int | None = None,
+    implementation: Implementation = "auto",
 ) -> Float[Array, "B H C"]:
     """Attention of one query per row over the first `lengths` tokens of the row's pages.
 
@@ -30,20 +40,36 @@ def paged_attention(
 
     Args:
         layer: which block's pages to read.
+        active: rows that take part, all when None; the others count as rows of length 0.
         scale: factor of the scores, `C ** -0.5` when not given.
         sliding_window: see only this many of those tokens, the last ones (Mistral, arXiv 2310.06825); all when None.
             Pages that no row sees any more are not visited.
 
     Raises:
-        ValueError: shapes or dtypes do not fit together, or `sliding_window` is below 1; the message names the
-            argument.
+        ValueError: shapes or dtypes do not fit together, or `sliding_window` is below 1: the message names the
+            argument. Or `implementation` is unknown, or refuses these arguments: the message says why.
     """
     _check(q, 3, k_pages, v_pages, page_table, lengths, layer, sliding_window)
-    if lengths.shape != (q.shape[0],):
-        raise ValueError(f"lengths must be [{q.shape[0]}], one per row of q, got {list(lengths.shape)}")
-    return reference.paged_attention(
-        q, k_pages, v_pages, page_table, lengths, layer=layer, scale=scale, sliding_window=sliding_window
-    )
+    rows = q.shape[:1]
+    if lengths.shape != rows:
+        raise ValueError(f"lengths must be {list(rows)}, one per row of q, got {list(lengths.shape)}")
+    if active is not None:
+        if active.shape != rows or active.dtype != bool:
+            raise ValueError(f"active must be bool{list(rows)}, got {active.dtype}{list(active.shape)}")
+        lengths = jnp.where(active, lengths, jnp.zeros((), lengths.dtype))
+    options = {"layer": layer, "scale": scale, "sliding_window": sliding_window}
+    if resolve(implementation, lambda: paged_attention_refusal(q, k_pages)) == "mosaic":
+        from pallas_kernels.mosaic import paged_attention as mosaic
+
+        return mosaic.paged_attention(q, k_pages, v_pages, page_table, lengths, **options)
+    return reference.paged_attention(q, k_pages, v_pages, page_table, lengths, **options)
+
+
+def paged_attention_refusal(q: Float[Array, "B H C"], k_pages: Float[Array, "L P K S C"]) -> str | None:
+    """Why the kernel does not take a call of `paged_attention`; None if it does. Shapes and dtypes are enough."""
+    from pallas_kernels.mosaic import paged_attention as mosaic
+
+    return mosaic.refusal(q, k_pages)
 
 
 def paged_prefill_attention(
@@ -58,6 +84,8 @@ def paged_prefill_attention(
     sliding_window: int | None = None,
 ) -> Float[Array, "B T H C"]:
     """Causal attention of several queries per row: each sees the row's tokens up to its own position.
+
+    XLA computes it everywhere.
 
     With a `sliding_window` it sees the last so many of them: a query at position p sees `p - sliding_window < s <= p`.
     A query at position -1 (padding) reads nothing and yields zeros.
@@ -74,6 +102,73 @@ def paged_prefill_attention(
     )
 
 
+def kv_fill(
+    x: Float[Array, "D N"],
+    blocks: Sequence[KVProjection],
+    k_pages: Float[Array, "L P K S C"],
+    v_pages: Float[Array, "L P K S C"],
+    page_table: Int[Array, "N M"],
+    positions: Int[Array, " N"],
+    from_block: Int[Array, " N"],
+    *,
+    layers: Sequence[int],
+    freq: Float[Array, " C/2"],
+    implementation: Implementation = "auto",
+) -> tuple[Float[Array, "L P K S C"], Float[Array, "L P K S C"]]:
+    """Write the K and V that tokens have in blocks they did not run (CALM, arXiv 2207.07061, sec. 3.1).
+
+    Token n's state `x[:, n]` goes through norm, projection and rotary embedding of every block from
+    `blocks[from_block[n]]` on, and the result into slot `positions[n] % S` of page `page_table[n, positions[n] // S]`.
+    A token whose `from_block` is `len(blocks)` is not written at all, and may stand anywhere. Weights of a block that
+    no token needs are not read. Several tokens may belong to one row; no two that are written may share a slot.
+
+    Args:
+        k_pages, v_pages: donate them: they are updated in place then.
+        layers: the cached block that each of `blocks` writes.
+        freq: angular frequencies of the rotary embedding, radians per position.
+
+    Returns:
+        `k_pages` and `v_pages`; what is not written is as it was, to the bit.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together: the message names the argument. Or `implementation` is
+            unknown, or refuses these arguments: the message says why.
+    """
+    _check_pages(k_pages, v_pages)
+    _check_fill(x, blocks, k_pages, page_table, positions, from_block, layers, freq)
+    if not blocks:
+        return k_pages, v_pages
+    arguments = (x, blocks, k_pages, v_pages, page_table, positions, from_block)
+    if resolve(implementation, lambda: kv_fill_refusal(x, blocks, k_pages)) == "mosaic":
+        from pallas_kernels.mosaic import kv_fill as mosaic
+
+        return mosaic.kv_fill(*arguments, layers=layers, freq=freq)
+    return reference.kv_fill(*arguments, layers=layers, freq=freq)
+
+
+def kv_fill_refusal(
+    x: Float[Array, "D N"], blocks: Sequence[KVProjection], k_pages: Float[Array, "L P K S C"]
+) -> str | None:
+    """Why the kernel does not take a call of `kv_fill`; None if it does. Shapes and dtypes are enough."""
+    from pallas_kernels.mosaic import kv_fill as mosaic
+
+    return mosaic.refusal(x, blocks, k_pages)
+
+
+def check_page_ids(page_table: np.ndarray, num_pages: int) -> None:
+    """Refuse a page table with ids out of range, on the host, where tables are made: devices do not look.
+
+    Raises:
+        ValueError: names the first such entry.
+    """
+    wrong = np.argwhere((page_table < 0) | (page_table >= num_pages))
+    if len(wrong):
+        row, column = wrong[0]
+        raise ValueError(
+            f"page_table[{row}, {column}] is {page_table[row, column]}; the cache has pages 0..{num_pages - 1}"
+        )
+
+
 def _check(
     q: Array,
     rank: int,
@@ -86,14 +181,8 @@ def _check(
 ) -> None:
     if q.ndim != rank:
         raise ValueError(f"q must have {rank} dimensions, got {list(q.shape)}")
-    for name, ids in (("page_table", page_table), ("lengths or positions", visible)):
-        if not jnp.issubdtype(ids.dtype, jnp.integer):
-            raise ValueError(f"{name} must be integers, got {ids.dtype}")
-    if k_pages.ndim != 5 or k_pages.shape != v_pages.shape or k_pages.dtype != v_pages.dtype:
-        raise ValueError(
-            "k_pages and v_pages must be alike and [L, P, K, S, C], got "
-            f"{k_pages.dtype}{list(k_pages.shape)} and {v_pages.dtype}{list(v_pages.shape)}"
-        )
+    _check_integers(page_table=page_table, lengths_or_positions=visible)
+    _check_pages(k_pages, v_pages)
     layers, _, kv_heads, _, dim = k_pages.shape
     if q.shape[-1] != dim or q.shape[-2] % kv_heads:
         raise ValueError(
@@ -106,3 +195,55 @@ def _check(
         raise ValueError(f"layer must lie in 0..{layers - 1}, got {layer}")
     if sliding_window is not None and sliding_window < 1:
         raise ValueError(f"sliding_window must be at least 1, or None for no window, got {sliding_window}")
+
+
+def _check_integers(**arrays: Array) -> None:
+    for name, ids in arrays.items():
+        if not jnp.issubdtype(ids.dtype, jnp.integer):
+            raise ValueError(f"{name.replace('_or_', ' or ')} must be integers, got {ids.dtype}")
+
+
+def _check_pages(k_pages: Array, v_pages: Array) -> None:
+    if k_pages.ndim != 5 or k_pages.shape != v_pages.shape or k_pages.dtype != v_pages.dtype:
+        raise ValueError(
+            "k_pages and v_pages must be alike and [L, P, K, S, C], got "
+            f"{k_pages.dtype}{list(k_pages.shape)} and {v_pages.dtype}{list(v_pages.shape)}"
+        )
+
+
+def _check_fill(
+    x: Array,
+    blocks: Sequence[KVProjection],
+    k_pages: Array,
+    page_table: Array,
+    positions: Array,
+    from_block: Array,
+    layers: Sequence[int],
+    freq: Array,
+) -> None:
+    if x.ndim != 2:
+        raise ValueError(f"x must be [D, N], got {list(x.shape)}")
+    _check_integers(page_table=page_table, positions=positions, from_block=from_block)
+    size, count = x.shape
+    cached, _, kv_heads, _, dim = k_pages.shape
+    if page_table.ndim != 2 or page_table.shape[0] != count:
+        raise ValueError(f"page_table must be [{count}, M], one row per token of x, got {list(page_table.shape)}")
+    for name, array, shape in (
+        ("positions", positions, [count]),
+        ("from_block", from_block, [count]),
+        ("freq", freq, [dim // 2]),
+    ):
+        if list(array.shape) != shape:
+            raise ValueError(f"{name} must be {shape}, got {list(array.shape)}")
+    if len(layers) != len(blocks) or len(set(layers)) != len(layers):
+        raise ValueError(f"layers must name a cached block of its own for each of {len(blocks)} blocks, got {layers}")
+    for layer in layers:
+        if not 0 <= layer < cached:
+            raise ValueError(f"layers must lie in 0..{cached - 1}, got {layer}")
+    rows = 2 * kv_heads * dim
+    expected = {"norm": [size], "wkv": [rows, size], "bkv": [rows], "k_norm": [dim]}
+    for index, block in enumerate(blocks):
+        for name, shape in expected.items():
+            weight = getattr(block, name)
+            if weight is not None and list(weight.shape) != shape:
+                raise ValueError(f"blocks[{index}].{name} must be {shape}, got {list(weight.shape)}")

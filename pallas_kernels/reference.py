@@ -7,9 +7,15 @@ window, on how long the rows are.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from pallas_kernels.control_flow import run_if
+from pallas_kernels.pages import slots_of, write
+from pallas_kernels.projection import KVProjection, normed_keys_values
 
 MASKED = -1e30
 """Score of a slot that must not be seen. Finite, so that a row without any visible slot stays free of NaN."""
@@ -100,3 +106,32 @@ def paged_prefill_attention(
     _, total, summed = jax.lax.fori_loop(0, trips, visit, start)
     out = summed / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]
     return jnp.moveaxis(out, 3, 1).reshape(rows, length, heads, dim).astype(q.dtype)
+
+
+def kv_fill(
+    x: Float[Array, "D N"],
+    blocks: Sequence[KVProjection],
+    k_pages: Float[Array, "L P K S C"],
+    v_pages: Float[Array, "L P K S C"],
+    page_table: Int[Array, "N M"],
+    positions: Int[Array, " N"],
+    from_block: Int[Array, " N"],
+    *,
+    layers: Sequence[int],
+    freq: Float[Array, " C/2"],
+) -> tuple[Float[Array, "L P K S C"], Float[Array, "L P K S C"]]:
+    """See `pallas_kernels.api.kv_fill`."""
+    slots = slots_of(page_table, positions, k_pages.shape[3])
+    pages = (k_pages, v_pages)
+    for index, (block, layer) in enumerate(zip(blocks, layers, strict=True)):
+        lacks = from_block <= index
+
+        def write_missing(
+            pages: tuple[Array, Array], block: KVProjection = block, layer: int = layer, lacks: Array = lacks
+        ) -> tuple[Array, Array]:
+            k, v = normed_keys_values(block, x, positions, freq)
+            where = slots.only(lacks, k_pages.shape[1])
+            return write(pages[0], layer, where, k), write(pages[1], layer, where, v)
+
+        pages = run_if(jnp.any(lacks), write_missing, pages)
+    return pages

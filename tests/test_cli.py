@@ -300,7 +300,7 @@ def test_interruption_is_quiet(checkpoint: Path, monkeypatch: pytest.MonkeyPatch
     assert (result.exit_code, result.stderr.strip()) == (130, "interrupted")
 
 
-def test_info(checkpoint: Path) -> None:
+def test_info(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = run("info", checkpoint, "--json", "--page-size", 16, "--dtype", "bfloat16")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
@@ -313,11 +313,18 @@ def test_info(checkpoint: Path) -> None:
     assert found["kv_page"]["bytes"] == 2 * 4 * 2 * 8 * 16 * 2
     assert found["kv_page"]["bytes_longest_sequence"] == 8 * found["kv_page"]["bytes"]
     assert found["tokenizer"]["chat_template"] is True
+    assert {name: choice["implementation"] for name, choice in found["kernels"].items()} == {
+        "paged_attention": "xla",
+        "kv_fill": "xla",
+    }
     table = run("info", checkpoint)
     assert table.exit_code == 0
     assert "1, 3, shared heads" in table.stdout
     refused(run("info", checkpoint, "--dtype", "int4"), "int4")
     refused(run("info", checkpoint, "--page-size", "0"), "page_size")
+    monkeypatch.setenv("EEJAX_KERNELS", "cuda")
+    refused(run("info", checkpoint), "EEJAX_KERNELS", "auto, mosaic, xla", "'cuda'")
+    refused(run("generate", checkpoint, PROMPT), "EEJAX_KERNELS", "auto, mosaic, xla", "'cuda'")
 
 
 def completion(*tokens: int) -> CompletionOutput:

@@ -12,7 +12,8 @@ import pytest
 
 from eejax.config import ExitConfig, ModelConfig, RopeScaling
 from eejax.errors import ConfigError
-from eejax.model import EarlyExitTransformer, bind, count_params, init_params, param_shapes, rope, rope_frequencies
+from eejax.model import EarlyExitTransformer, bind, count_params, init_params, param_shapes, rope_frequencies
+from pallas_kernels.projection import rope
 from tests.cases import BASE, SHAPES, random_model, random_params, random_prompt, shape_config
 from tests.reference import Reference, Seen, confidence, float_tree, generate
 

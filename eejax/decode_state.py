@@ -1,0 +1,125 @@
+"""What a batch brings to a chunk of decode steps, and where its rows stand on their way through the network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from eejax import kv_fill
+from eejax.exits import ExitRows
+from eejax.kv_cache import PagedKVCache
+from eejax.kv_fill import Waiting
+from eejax.model import EarlyExitTransformer
+from eejax.sampling import SamplingRows
+
+COUNTERS = ("steps", "blocks", "heads", "row_blocks", "row_heads", "fills")
+"""What a chunk counts: passes; blocks run, and vocabulary projections; rows computed, summed over either; blocks whose
+K and V projection ran for fill-in alone. Blocks that exits own do not count."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What a batch of B rows brings along, fixed during a chunk. Padding rows have `live` false.
+
+    Attributes:
+        page_table: physical pages by position; entries behind the reserved ones may hold any valid id.
+        stop_ids: tokens that end the row, padded with -1 (Z of them).
+    """
+
+    page_table: Int[Array, "B M"]
+    stop_ids: Int[Array, "B Z"]
+    exits: ExitRows
+    sampling: SamplingRows
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
+class DecodeState:
+    """Where each row stands.
+
+    Attributes:
+        tokens: the next step's input.
+        positions: that token's position.
+        generated: answer tokens so far.
+        budget: answer tokens that may still follow.
+        live: whether the row takes part.
+    """
+
+    tokens: Int[Array, " B"]
+    positions: Int[Array, " B"]
+    generated: Int[Array, " B"]
+    budget: Int[Array, " B"]
+    live: Bool[Array, " B"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Rows on their way through the network.
+
+    Attributes:
+        x: hidden states; of resolved rows, frozen.
+        segment: that each row stands at; the number of segments for rows that are resolved, or take no part.
+        filled: segments in which K and V of the row's token are written.
+        held: passes that the row has been standing there.
+        exit_at: blocks that each row ran.
+        features: what the output matrix multiplies, of resolved rows.
+        logits: valid for rows that are `scored`.
+        scored: rows whose logits are known already.
+        waiting: for deferred fill-in; None where it is eager.
+        counts: `COUNTERS` so far in this chunk.
+    """
+
+    cache: PagedKVCache
+    x: Float[Array, "D B"]
+    segment: Int[Array, " B"]
+    filled: Int[Array, " B"]
+    held: Int[Array, " B"]
+    exit_at: Int[Array, " B"]
+    features: Float[Array, "D B"]
+    logits: Float[Array, "V B"]
+    scored: Bool[Array, " B"]
+    waiting: Waiting | None
+    counts: Int[Array, " 6"]
+
+    def counting(self, **more: int | Array) -> Step:
+        """With some counters advanced."""
+        return replace(self, counts=self.counts + jnp.stack([jnp.int32(more.get(name, 0)) for name in COUNTERS]))
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How segments are run; fixed when the program is compiled.
+
+    Attributes:
+        buckets: row counts that a segment may run with, ascending; the last one is B.
+        deferred: fill-in is deferred.
+    """
+
+    buckets: tuple[int, ...]
+    deferred: bool
+
+
+def begin(model: EarlyExitTransformer, plan: Plan, cache: PagedKVCache, count: int) -> Step:
+    """`count` rows, none of which has begun."""
+    config, dtype = model.config, model.embedding[...].dtype
+    zeros, none = jnp.zeros((count,), jnp.int32), jnp.zeros((count,), bool)
+    last = jnp.full((count,), len(config.segments), jnp.int32)
+    states = jnp.zeros((config.hidden_size, count), dtype)
+    return Step(
+        cache=cache,
+        x=states,
+        segment=last,
+        filled=last,
+        held=zeros,
+        exit_at=zeros,
+        features=states,
+        logits=jnp.zeros((config.vocab_size, count), jnp.float32),
+        scored=none,
+        waiting=kv_fill.nobody_waits(model, count, dtype) if plan.deferred else None,
+        counts=jnp.zeros((len(COUNTERS),), jnp.int32),
+    )

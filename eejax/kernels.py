@@ -1,0 +1,47 @@
+"""Which kernels a model is served with, and why not others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+
+from eejax.config import ModelConfig
+from eejax.errors import ConfigError
+from pallas_kernels.api import kv_fill_refusal, paged_attention_refusal
+from pallas_kernels.implementation import device_refusal, resolve
+from pallas_kernels.projection import KVProjection
+
+
+class Choice(NamedTuple):
+    """The implementation of one operation, and what speaks against Mosaic's kernel, if anything does."""
+
+    implementation: str
+    refusal: str | None
+
+
+def choose_kernels(model: ModelConfig, page_size: int, dtype: jnp.dtype) -> dict[str, Choice]:
+    """What `pallas_kernels` runs for this model on JAX's default device, by operation.
+
+    Raises:
+        ConfigError: `EEJAX_KERNELS` has an unknown value, or demands a kernel that does not take this model.
+    """
+    heads, size, dim = model.n_kv_heads, model.hidden_size, model.head_dim
+
+    def shaped(*shape: int) -> jax.Array:
+        return cast("jax.Array", jax.ShapeDtypeStruct(shape, dtype))
+
+    pages = shaped(model.n_cached_blocks, 1, heads, page_size, dim)
+    bias = shaped(2 * heads * dim) if model.attention_bias else None
+    k_norm = shaped(dim) if model.qk_norm else None
+    block = KVProjection(shaped(size), shaped(2 * heads * dim, size), bias, k_norm, model.norm_eps)
+    refusals: dict[str, Callable[[], str | None]] = {
+        "paged_attention": lambda: paged_attention_refusal(shaped(1, model.n_heads, dim), pages),
+        "kv_fill": lambda: kv_fill_refusal(shaped(size, 1), [block], pages),
+    }
+    try:
+        return {name: Choice(resolve("auto", why), device_refusal() or why()) for name, why in refusals.items()}
+    except ValueError as error:
+        raise ConfigError(str(error)) from error

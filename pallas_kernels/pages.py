@@ -1,0 +1,35 @@
+"""Where tokens stand in the paged cache `[L, P, K, S, C]`, and how XLA writes them there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
+class Slots:
+    """Where tokens' K and V go: page ids and slots within them. A page id of P or above drops the write."""
+
+    pages: Int[Array, " N"]
+    offsets: Int[Array, " N"]
+
+    def only(self, valid: Bool[Array, " N"], num_pages: int) -> Slots:
+        """The writes of tokens that are not `valid` dropped too."""
+        return Slots(jnp.where(valid, self.pages, num_pages), self.offsets)
+
+
+def slots_of(page_table: Int[Array, "N M"], positions: Int[Array, " N"], page_size: int) -> Slots:
+    """Slots of the tokens at `positions`, one row of the page table each."""
+    # Padding may stand at any position: clip the look-up, whose result is then not used.
+    pages = jnp.take_along_axis(page_table, (positions // page_size)[:, None], axis=1, mode="clip")[:, 0]
+    return Slots(pages, positions % page_size)
+
+
+def write(pages: Float[Array, "L P K S C"], layer: int, slots: Slots, values: Float[Array, "K C N"]) -> Array:
+    """`pages` with the `values` of N tokens in block `layer`; in place when donated."""
+    values = jnp.moveaxis(values, -1, 0).astype(pages.dtype)
+    return pages.at[layer, slots.pages, :, slots.offsets].set(values, mode="drop")
