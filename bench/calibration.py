@@ -34,7 +34,7 @@ from bench.common import (
 from bench.cost import ModelCost
 from eejax import LLM, EarlyExitParams
 from eejax.calibrator import LOSSES, CalibrationOptions, Losses, LossMeter, usable_prompts
-from eejax.config import require
+from eejax.checks import require
 from eejax.length_training import choose_prompts
 from eejax.params import Measure
 from eejax.risk import fixed_sequence

@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
 
 from eejax import huggingface
-from eejax.config import ExitConfig, ExitHeadKind, ModelConfig, require
+from eejax.checks import require
+from eejax.config import ExitConfig, ExitHeadKind, ModelConfig
 from eejax.errors import CheckpointError, ConfigError, EejaxError
 from eejax.exit_heads import add_exits
 from eejax.huggingface.config import to_huggingface, write_config

@@ -27,7 +27,8 @@ from typing import Any
 
 import numpy as np
 
-from eejax.config import ExitConfig, ExitHeadKind, ModelConfig, require
+from eejax.checks import require
+from eejax.config import ExitConfig, ExitHeadKind, ModelConfig
 from eejax.errors import CheckpointError, ConfigError
 from eejax.huggingface.config import read_json
 from eejax.huggingface.tensors import SINGLE_FILE, TensorFiles, nothing_in

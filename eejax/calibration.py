@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from eejax.config import ModelConfig, from_mapping, is_number, require, require_positive_int
+from eejax.checks import from_mapping, is_number, require, require_positive_int
+from eejax.config import ModelConfig
 from eejax.errors import CheckpointError, InvalidRequestError
 from eejax.params import CALIBRATED, MAX_CONFIDENCE, EarlyExitParams
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Protocol, cast, get_args
 
 from eejax.calibration import Calibration, MeasureCalibration, fingerprint, load_calibration, save_calibration
-from eejax.config import ModelConfig, is_number, require, require_positive_int
+from eejax.checks import is_number, require, require_positive_int
+from eejax.config import ModelConfig
 from eejax.length_training import choose_prompts, prompt_ids
 from eejax.llm import LLM
 from eejax.param_tree import leaves

@@ -9,7 +9,8 @@ from collections.abc import Collection
 from collections.abc import Sequence as Seq
 
 from eejax.calibration import CalibratedThresholds
-from eejax.config import EngineConfig, SchedulerConfig, require
+from eejax.checks import require
+from eejax.config import EngineConfig, SchedulerConfig
 from eejax.detokenizer import Detokenizer
 from eejax.engine_stats import EngineStats
 from eejax.errors import InvalidRequestError

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from eejax.config import ExitConfig, ModelConfig, require
+from eejax.checks import require
+from eejax.config import ExitConfig, ModelConfig
 from eejax.model import param_shapes
 from eejax.param_tree import LazyArray, leaves, rebuild
 

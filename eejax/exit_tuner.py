@@ -15,7 +15,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from eejax.config import ModelConfig, is_number, require, require_positive_int
+from eejax.checks import is_number, require, require_positive_int
+from eejax.config import ModelConfig
 from eejax.errors import ConfigError
 from eejax.exit_objective import chunk_size, head_loss, merged, observe, probe_loss, separated
 from eejax.runner import use_compilation_cache

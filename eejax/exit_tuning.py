@@ -13,7 +13,8 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from eejax.config import ExitConfig, ExitHeadKind, ModelConfig, require, require_positive_int
+from eejax.checks import require, require_positive_int
+from eejax.config import ExitConfig, ExitHeadKind, ModelConfig
 from eejax.exit_heads import add_exits
 from eejax.exit_tuner import Tuner, TuningOptions, import_optax
 from eejax.model import param_shapes

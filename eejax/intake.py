@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from eejax.calibration import CalibratedThresholds
-from eejax.config import EngineConfig, is_number
+from eejax.checks import is_number
+from eejax.config import EngineConfig
 from eejax.errors import CapacityError, InvalidRequestError, TokenizerError
 from eejax.page_allocator import pages_needed
 from eejax.params import SamplingParams

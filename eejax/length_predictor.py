@@ -12,7 +12,8 @@ from typing import Protocol
 
 import numpy as np
 
-from eejax.config import PredictorName, require
+from eejax.checks import require
+from eejax.config import PredictorName
 from eejax.errors import InvalidRequestError, TokenizerError
 from eejax.length_heads import PROMPT_BUCKETS, LengthHeads
 from eejax.lengths import LEVELS, LengthEstimate

@@ -15,7 +15,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from eejax.config import PredictorName, is_number, require, require_positive_int
+from eejax.checks import is_number, require, require_positive_int
+from eejax.config import PredictorName
 from eejax.errors import ConfigError
 from eejax.length_fit import FOLDS, fit_heads, scores
 from eejax.length_heads import LengthHeads, save_length_heads

@@ -16,16 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from eejax.calibration import CalibratedThresholds
-from eejax.config import (
-    CacheConfig,
-    Choice,
-    EngineConfig,
-    FillMode,
-    ModelConfig,
-    PolicyName,
-    SchedulerConfig,
-    named_options,
-)
+from eejax.checks import named_options
+from eejax.config import CacheConfig, Choice, EngineConfig, FillMode, ModelConfig, PolicyName, SchedulerConfig
 from eejax.engine import Engine, EngineStats
 from eejax.errors import InvalidRequestError
 from eejax.length_predictor import LengthPredictor

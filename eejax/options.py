@@ -9,16 +9,8 @@ from typing import TypedDict
 import jax
 import jax.numpy as jnp
 
-from eejax.config import (
-    Choice,
-    DecodeConfig,
-    FillMode,
-    ModelConfig,
-    PolicyName,
-    SchedulerConfig,
-    require,
-    require_positive_int,
-)
+from eejax.checks import require, require_positive_int
+from eejax.config import Choice, DecodeConfig, FillMode, ModelConfig, PolicyName, SchedulerConfig
 from eejax.errors import ConfigError
 from eejax.kv_cache import page_bytes
 from eejax.length_heads import load_length_heads

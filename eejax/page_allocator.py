@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from eejax.config import require_positive_int
+from eejax.checks import require_positive_int
 from eejax.errors import EejaxError
 
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from eejax.config import ModelConfig, is_number, named_options, require, require_positive_int
+from eejax.checks import is_number, named_options, require, require_positive_int
+from eejax.config import ModelConfig
 from eejax.errors import InvalidRequestError
 
 type Thresholds = float | list[float] | tuple[float, ...]

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from eejax.config import is_number, require
+from eejax.checks import is_number, require
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from eejax.config import Choice, SchedulerConfig, require_positive_int
+from eejax.checks import require_positive_int
+from eejax.config import Choice, SchedulerConfig
 from eejax.length_policy import LengthPolicy
 from eejax.page_allocator import OutOfPages, PageAllocator
 from eejax.policy import FirstComeFirstServed, Policy, Static

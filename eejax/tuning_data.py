@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from eejax.config import require
+from eejax.checks import require
 from eejax.errors import ConfigError, InvalidRequestError, TokenizerError
 from eejax.tokenizer import Tokenizer, chat_prompt
 

@@ -21,7 +21,8 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.future import Future
 
 from eejax import huggingface
-from eejax.config import ModelConfig, require
+from eejax.checks import require
+from eejax.config import ModelConfig
 from eejax.errors import CheckpointError, ConfigError
 from eejax.model import param_shapes
 from eejax.param_tree import LazyArray, compare, leaves, rebuild, shapes

@@ -7,7 +7,8 @@ import math
 
 import pytest
 
-from eejax.config import CacheConfig, EngineConfig, ExitConfig, ModelConfig, RopeScaling, SchedulerConfig, from_mapping
+from eejax.checks import from_mapping
+from eejax.config import CacheConfig, EngineConfig, ExitConfig, ModelConfig, RopeScaling, SchedulerConfig
 from eejax.errors import ConfigError, EejaxError, InvalidRequestError
 from eejax.params import DecayingThreshold, EarlyExitParams, SamplingParams
 
