@@ -24,7 +24,7 @@ from eejax.errors import ConfigError
 from eejax.params import CALIBRATED, DecayingThreshold, EarlyExitParams, SamplingParams
 from eejax.prompts import read_prompts
 from eejax.request import PromptLike
-from eejax.terminal import answer_one_by_one, answer_together, reported_errors
+from eejax.terminal import answer_one_by_one, answer_together, integers, numbers, reported_errors
 
 if TYPE_CHECKING:
     from eejax.llm import LLM
@@ -332,21 +332,3 @@ def early_exit_params(
     if min_layers is not None:
         chosen["min_layers"] = min_layers
     return EarlyExitParams(**chosen)
-
-
-def numbers(flag: str, text: str) -> tuple[float, ...]:
-    """`0.8,0.9` as numbers."""
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise ConfigError(f"{flag} must be numbers with commas between them, got {text!r}") from None
-
-
-def integers(flag: str, text: str | None) -> tuple[int, ...] | None:
-    """`4,8` as integers; None stays None."""
-    if text is None:
-        return None
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ConfigError(f"{flag} must be integers with commas between them, got {text!r}") from None

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from eejax.errors import ConfigError
-from eejax.terminal import reported_errors
+from eejax.terminal import integers, numbers, reported_errors
 
 if TYPE_CHECKING:
     from eejax.calibration import Calibration
@@ -89,7 +88,7 @@ def calibrate(
             confidence=confidence,
             measures=tuple(measure or ("softmax",)),
             loss=loss,
-            grid=None if grid is None else _numbers("--grid", grid, float),
+            grid=None if grid is None else numbers("--grid", grid),
             max_tokens=max_tokens,
             num_prompts=num_prompts,
             seed=seed,
@@ -99,7 +98,7 @@ def calibrate(
             path,
             prompts,
             options,
-            exit_layers=None if exit_layers is None else _numbers("--exit-layers", exit_layers, int),
+            exit_layers=integers("--exit-layers", exit_layers),
             dtype=dtype,
             max_num_seqs=max_num_seqs,
             say=lambda line: console.print(line, style="dim", markup=False, soft_wrap=True),
@@ -109,14 +108,6 @@ def calibrate(
         else:
             print_calibration(calibration, options.measures)
         console.print(f"wrote {file}", style="dim", soft_wrap=True)
-
-
-def _numbers(flag: str, text: str, kind: Any) -> tuple[Any, ...]:
-    try:
-        return tuple(kind(part) for part in text.split(","))
-    except ValueError:
-        what = "integers" if kind is int else "numbers"
-        raise ConfigError(f"{flag} must be {what} with commas between them, got {text!r}") from None
 
 
 def print_calibration(calibration: Calibration, measures: tuple[str, ...]) -> None:

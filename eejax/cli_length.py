@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from eejax.errors import ConfigError
-from eejax.terminal import reported_errors
+from eejax.terminal import numbers, reported_errors
 
 if TYPE_CHECKING:
     from eejax.length_training import LengthTarget
@@ -87,7 +87,7 @@ def train_length(
             labels_out=labels_out,
             options=length_training.LengthOptions(
                 num_prompts=num_prompts,
-                temperatures=_numbers(temperatures),
+                temperatures=numbers("--temperatures", temperatures),
                 max_tokens=max_tokens,
                 hold_out=hold_out,
                 target=cast("LengthTarget", target),  # any other is refused there
@@ -101,13 +101,6 @@ def train_length(
                 raise ConfigError(f"cannot write {json_file}: {error.strerror or error}") from error
         print_report(report)
         Console(stderr=True, highlight=False).print(f"wrote {file}", style="dim", soft_wrap=True)
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise ConfigError(f"--temperatures must be numbers with commas between them, got {text!r}") from None
 
 
 def print_report(report: dict[str, Any]) -> None:

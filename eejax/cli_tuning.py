@@ -10,8 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from eejax.errors import ConfigError
-from eejax.terminal import reported_errors
+from eejax.terminal import integers, reported_errors
 
 if TYPE_CHECKING:
     from eejax.config import ExitHeadKind
@@ -111,7 +110,7 @@ def tune_exits(
             data,
             out=out,
             overwrite=overwrite,
-            exit_layers=None if exit_layers is None else _integers(exit_layers),
+            exit_layers=integers("--exit-layers", exit_layers),
             exit_head=cast("ExitHeadKind | None", exit_head),  # any other is refused there
             tie_output=tie_output,
             probes=probes,
@@ -125,13 +124,6 @@ def tune_exits(
         print_report(report["evaluation"])
         if folder is not None:
             Console(stderr=True, highlight=False).print(f"wrote {folder}", style="dim", soft_wrap=True)
-
-
-def _integers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ConfigError(f"--exit-layers must be integers with commas between them, got {text!r}") from None
 
 
 def print_report(evaluation: dict[str, Any]) -> None:
