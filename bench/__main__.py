@@ -13,6 +13,7 @@ BENCHES = {
     "buckets": "a block by the number of rows it computes: where row compaction pays",
     "calibration": "thresholds certified on some prompts, their risk on others, over many random splits",
     "convert": "a Hugging Face folder to a checkpoint and back: time, peak memory, copying beside it",
+    "kernels": "paged attention and KV fill-in by themselves, beside the bytes that must move",
     "schedule": "many requests under each scheduling policy: throughput, latency, waste, memory",
     "simulate": "the scheduler against a model of the device: its error, and fleets that no machine here can run",
     "throughput": "many requests: requests and tokens per second, early exit against full depth",

@@ -24,8 +24,9 @@ from bench.shapes import SHAPES, shape
 from eejax import LLM, EarlyExitParams
 from eejax.config import Choice, DecodeConfig, FillMode, ModelConfig
 from eejax.errors import ConfigError
-from eejax.model import count_params, init_params
-from eejax.options import DTYPES
+from eejax.model import INIT_SCALE, count_params, param_shapes
+from eejax.options import DTYPES, resolve_dtype
+from eejax.param_tree import leaves, rebuild
 from eejax.params import Measure
 from eejax.prompts import read_prompts
 from eejax.request import PromptLike
@@ -33,6 +34,7 @@ from eejax.tokenizer import chat_prompt
 
 MEASURES: tuple[Measure, ...] = ("softmax", "margin", "similarity", "classifier")
 """Measures that look at the model; `--replay` is the one that does not."""
+GPU_WORKING_SET = 8 * 2**30
 
 
 def numbers(text: str) -> tuple[float, ...]:
@@ -146,7 +148,24 @@ class ModelOptions:
         if self.random is None:
             return LLM(self.model or "", exit_layers=self.exit_layers, **options)
         config = shape(self.random, self.exit_layers)
-        return LLM.from_params(config, init_params(config, self.seed), **options)
+        return LLM.from_params(config, random_params(config, resolve_dtype(self.dtype), self.seed), **options)
+
+
+def random_params(config: ModelConfig, dtype: jnp.dtype, seed: int) -> dict:
+    """Parameters distributed as `init_params` draws them, each made on the device in the `dtype` that it will have.
+
+    So a model that only just fits is never there in float32, and every shape is compiled but once.
+    """
+    draw = jax.jit(
+        lambda key, shape: (INIT_SCALE * jax.random.normal(key, shape)).astype(dtype), static_argnames="shape"
+    )
+    like, made, key = param_shapes(config), {}, jax.random.key(seed)
+    for number, (name, leaf) in enumerate(leaves(like)):
+        if len(leaf.shape) == 1:  # norms, else biases and probes
+            made[name] = (jnp.ones if name.endswith("norm") else jnp.zeros)(leaf.shape, dtype)
+        else:
+            made[name] = draw(jax.random.fold_in(key, number), leaf.shape)
+    return rebuild(like, made)
 
 
 def early_exit_params(args: argparse.Namespace, config: ModelConfig) -> EarlyExitParams:
@@ -218,9 +237,11 @@ class Ceiling:
 
     @classmethod
     def measure(cls, step_bytes: float, dtype: jnp.dtype) -> Ceiling:
-        """Read bandwidth over 1 GiB; over `step_bytes` where so few may stay in the last-level cache between steps."""
+        """Read bandwidth over 1 GiB, 8 on a GPU; over `step_bytes` where so few may stay in the last-level cache."""
         cached = step_bytes <= machine.last_level_cache_bytes() / 2
-        working_set = max(2**20, round(step_bytes)) if cached else machine.GIB
+        # A GPU reads a GiB in the time that the way to it and back takes to be noticed.
+        whole = machine.GIB if jax.default_backend() == "cpu" else GPU_WORKING_SET
+        working_set = max(2**20, round(step_bytes)) if cached else whole
         return cls(machine.read_bandwidth(working_set, dtype.name), working_set, machine.arithmetic_rate(dtype.name))
 
     def better(self, other: Ceiling) -> Ceiling:

@@ -11,6 +11,8 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+
 from bench import machine
 from bench.common import (
     Ceiling,
@@ -32,6 +34,13 @@ from bench.common import (
 )
 from bench.cost import ModelCost, TokenCost, at_full_depth, ideal_from_bytes, ideal_from_operations
 from bench.rounds import MODES, Round, request_params, run_interleaved, token_costs
+from bench.shapes import shape
+from eejax.buckets import bucket_of
+from eejax.checks import require
+from eejax.config import MIN_PREFILL_BUCKET, CacheConfig, EngineConfig, SchedulerConfig
+from eejax.model import param_shapes
+from eejax.options import default_num_pages, resolve_dtype
+from eejax.runner import Runner
 
 
 def parser() -> argparse.ArgumentParser:
@@ -43,7 +52,35 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--batch-size", type=at_least(1), default=1, help="requests at once (%(default)s)")
     found.add_argument("--num-iters-warmup", type=at_least(1), default=2, help="untimed rounds (%(default)s)")
     found.add_argument("--num-iters", type=at_least(1), default=5, help="timed rounds of each mode (%(default)s)")
+    found.add_argument(
+        "--compile-only",
+        action="store_true",
+        help="compile what the run would need into the compilation cache, and end: no weights are made",
+    )
     return found
+
+
+def compile_ahead(chosen: ModelOptions, args: argparse.Namespace) -> dict[str, Any]:
+    """Compile the two programs of a run, a prompt's prefill and the batch's decoding, from shapes alone.
+
+    Raises:
+        ConfigError: the model is a checkpoint; its weights may as well be read.
+    """
+    require(chosen.random is not None, "--compile-only makes no weights, so it needs --random and not --model")
+    model, dtype = shape(chosen.random or "", chosen.exit_layers), resolve_dtype(chosen.dtype)
+    length, slots, size = args.input_len + args.output_len, args.batch_size, chosen.page_size
+    engine = EngineConfig(
+        model=model,
+        cache=CacheConfig(default_num_pages(model, length, slots, size, dtype.itemsize), size),
+        scheduler=SchedulerConfig(slots),
+        decode=decode_of(args),
+        max_model_len=length,
+    )
+    weights = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), param_shapes(model))
+    runner = Runner(engine, weights)
+    runner.decode_program(bucket_of(slots))
+    runner._prefill_program(min(bucket_of(args.input_len, MIN_PREFILL_BUCKET), runner.prefill_buckets[-1]))
+    return {"bench": "latency", "compile_only": True, "options": options_of(args), "compilations": runner.compilations}
 
 
 def decode_window(one: Round) -> tuple[float, float]:
@@ -124,6 +161,9 @@ def main(arguments: list[str]) -> None:
     """Run the benchmark."""
     args = parser().parse_args(arguments)
     chosen, batch = ModelOptions.of(args), args.batch_size
+    if args.compile_only:
+        finish(compile_ahead(chosen, args), args.output_json)
+        return
     llm = chosen.build(max_model_len=args.input_len + args.output_len, max_num_seqs=batch, decode=decode_of(args))
     config = llm.config.model
     cost = ModelCost.of(config, dtype_of(llm).itemsize)

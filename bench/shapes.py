@@ -30,9 +30,10 @@ SHAPES = {
     "llama-20m": _llama(vocab_size=8192, hidden=384, mlp=1024, layers=12, heads=6, kv_heads=2, tied=True),
     "llama-125m": _llama(vocab_size=32000, hidden=768, mlp=2048, layers=12, heads=12, kv_heads=4, tied=False),
     "llama-1b": _llama(vocab_size=32000, hidden=2048, mlp=5632, layers=22, heads=32, kv_heads=4, tied=False),
+    "llama-7b": _llama(vocab_size=32000, hidden=4096, mlp=11008, layers=32, heads=32, kv_heads=32, tied=False),
 }
-"""22M, 125M and 1.1B parameters; exits after a third and two thirds of the blocks, through the shared head.
-`tiny` is for dry runs: its times say nothing."""
+"""22M, 125M, 1.1B and 6.7B parameters, the last being Llama 2's; exits after a third and two thirds of the blocks,
+through the shared head. `tiny` is for dry runs: its times say nothing."""
 
 
 def shape(name: str, exit_layers: tuple[int, ...] | None = None) -> ModelConfig:

@@ -31,6 +31,7 @@ from eejax.prefill import prefill
 from eejax.request import Logprob, MicroBatch, RowResult, Sequence, StepResult
 from eejax.sampling import SamplingRows, TokenLogprobs
 from eejax.scoring import Scores, check_text, score_text
+from eejax.xla_flags import compiler_options
 from pallas_kernels.api import check_page_ids
 
 DEFERRED_KV_BYTES = 2**20
@@ -88,7 +89,7 @@ class Compiled:
         key = (kind, bucket)
         if key not in self.programs:
             with _count_cache_hits() as hits:
-                self.programs[key] = lower().compile()
+                self.programs[key] = lower().compile(compiler_options=compiler_options(jax.default_backend()))
             self.compilations += 0 if hits() else 1
         return self.programs[key]
 

@@ -1,44 +1,100 @@
 """Attention over the paged cache, against float64 NumPy: one suite for every implementation.
 
-An implementation is a pair of functions with the signatures of `pallas_kernels.api`; add it to `IMPLEMENTATIONS` and it
-is put to all of this. Whatever no query may see is NaN: one read too many shows.
+Add an `Implementation` to `IMPLEMENTATIONS`, and it is put to all of this. Whatever no query may see is NaN: one read
+too many shows. The kernel for Hopper GPUs runs under the Mosaic interpreter, which also looks for data races, and with
+`-m gpu` on a device.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import pallas_kernels
+from pallas_kernels.mosaic import paged_attention as mosaic
 
-LAYERS, PAGE, WIDTH, DIM = 3, 8, 4, 16
-LONGEST = PAGE * WIDTH
-LENGTHS = (0, 1, PAGE - 1, PAGE, PAGE + 1, LONGEST)
-WINDOWS = (1, PAGE - 1, PAGE, PAGE + 1, 2 * PAGE + 3, LONGEST - 1, LONGEST, 10**12)
-HEADS = {"mha": (4, 4), "gqa": (6, 2), "mqa": (4, 1)}
+# The interpreter multiplies with NumPy, which may warn of NaN: rows of queries that no head fills are NaN there.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")
 
-IMPLEMENTATIONS = {
-    "api": (pallas_kernels.paged_attention, pallas_kernels.paged_prefill_attention),
-}
-
+LAYERS = 3
+HEADS = {"mha": (2, 2), "gqa": (6, 2), "mqa": (4, 1)}
 TOLERANCES = {
     # Sums of at most 32 products of normal numbers: rounding adds up to about 1e-6.
     "float32": 1e-5,
     # The reference reads the same bfloat16 K and V. What is rounded on the way are the scaled queries and the weights,
     # each by 2**-9: scores of size 4 move by 0.008, weights by 1 %, and values are of size 3 at the most.
     "bfloat16": 3e-2,
+    # The same with 2**-12.
+    "float16": 4e-3,
 }
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """Functions with the signatures of `pallas_kernels.api`, and the shapes that they are put to."""
+
+    decode: Callable
+    prefill: Callable
+    page: int
+    width: int
+    dim: int
+    dtypes: tuple[str, ...]
+    """The first is what a test uses that is not about types."""
+
+    @property
+    def longest(self) -> int:
+        return self.page * self.width
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return (0, 1, self.page - 1, self.page, self.page + 1, self.longest)
+
+
+def interpreted(*arguments, **options) -> jax.Array:
+    """The kernel on the CPU: long rows have two pieces, long pieces fill their rings again, blocks get several."""
+    small = mock.patch.multiple(mosaic, PIECE_TILES=1, MAX_PIECES=2, MULTIPROCESSORS=3, _occupancy=lambda *_: (2, 1))
+    with small, plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        return pallas_kernels.paged_attention(*arguments, **options, implementation="mosaic")
+
+
+def refused(*arguments, **options) -> jax.Array:
+    raise AssertionError("there is no kernel for several queries a row")
+
+
+XLA = Implementation(
+    functools.partial(pallas_kernels.paged_attention, implementation="xla"),
+    pallas_kernels.paged_prefill_attention,
+    page=8,
+    width=4,
+    dim=16,
+    dtypes=("float32", "bfloat16"),
+)
+INTERPRETED = Implementation(interpreted, refused, page=64, width=5, dim=64, dtypes=("bfloat16", "float16"))
+DEVICE = Implementation(
+    functools.partial(pallas_kernels.paged_attention, implementation="mosaic"),
+    refused,
+    page=64,
+    width=18,  # 1152 slots: three pieces
+    dim=128,
+    dtypes=("bfloat16", "float16"),
+)
+IMPLEMENTATIONS = {"xla": XLA, "interpreted": INTERPRETED, "device": DEVICE}
+PAGE, WIDTH, DIM, LONGEST = XLA.page, XLA.width, XLA.dim, XLA.longest
 
 
 @dataclass(frozen=True)
 class Problem:
     """Arguments of one call. `positions [B, T]` holds each query's last visible position, -1 for none."""
 
+    implementation: str
     q: np.ndarray  # [B T H C]
     k_pages: np.ndarray  # [L P K S C]
     v_pages: np.ndarray
@@ -56,28 +112,38 @@ class Problem:
     def expected(self) -> np.ndarray:
         """[B T H C], a query and a head at a time."""
         out = np.zeros(self.q.shape)
+        page_size = self.k_pages.shape[3]
         group = self.q.shape[2] // self.k_pages.shape[2]
         scale = self.q.shape[3] ** -0.5 if self.scale is None else self.scale
         for row, query in np.ndindex(self.positions.shape):
-            where = [(self.page_table[row, slot // PAGE], slot % PAGE) for slot in self.slots(row, query)]
-            for head in range(self.q.shape[2] if where else 0):
+            slots = np.array(self.slots(row, query), int)
+            pages, offsets = self.page_table[row, slots // page_size], slots % page_size
+            for head in range(self.q.shape[2] if len(slots) else 0):
                 k, v = (
-                    np.array([pages[self.layer, page, head // group, offset] for page, offset in where], np.float64)
-                    for pages in (self.k_pages, self.v_pages)
+                    cached[self.layer, pages, head // group, offsets].astype(np.float64)
+                    for cached in (self.k_pages, self.v_pages)
                 )
                 scores = scale * (k @ self.q[row, query, head].astype(np.float64))
                 weights = np.exp(scores - scores.max())
                 out[row, query, head] = weights @ v / weights.sum()
         return out
 
-    def found(self, implementation: str) -> np.ndarray:
-        decode, prefill = compiled(implementation)
+    def found(self, **options) -> np.ndarray:
+        decode, prefill = compiled(self.implementation)
         arrays = [jnp.asarray(a) for a in (self.q, self.k_pages, self.v_pages, self.page_table, self.positions)]
-        options = {"layer": self.layer, "scale": self.scale, "sliding_window": self.sliding_window}
+        options |= {"layer": self.layer, "scale": self.scale, "sliding_window": self.sliding_window}
         if self.q.shape[1] > 1:
             return np.asarray(prefill(*arrays, **options), np.float64)
         q, *rest, positions = arrays
         return np.asarray(decode(q[:, 0], *rest, positions[:, 0] + 1, **options)[:, None], np.float64)
+
+    def check(self) -> np.ndarray:
+        found = self.found()
+        np.testing.assert_allclose(found, self.expected(), rtol=0, atol=TOLERANCES[self.k_pages.dtype.name])
+        return found
+
+    def close(self, found: np.ndarray, expected: np.ndarray) -> bool:
+        return np.allclose(found, expected, rtol=0, atol=TOLERANCES[self.k_pages.dtype.name])
 
     def swapped(self) -> Problem:
         return replace(self, k_pages=self.v_pages, v_pages=self.k_pages)
@@ -85,135 +151,143 @@ class Problem:
 
 @functools.cache
 def compiled(implementation: str):
-    return [jax.jit(f, static_argnames=("layer", "scale", "sliding_window")) for f in IMPLEMENTATIONS[implementation]]
+    of = IMPLEMENTATIONS[implementation]
+    return [jax.jit(f, static_argnames=("layer", "scale", "sliding_window")) for f in (of.decode, of.prefill)]
 
 
-def problem(heads: str, positions, dtype: str = "float32", seed: int = 0, **kwargs) -> Problem:
+def problem(
+    implementation: str, heads: tuple[int, int], positions, dtype: str | None = None, seed: int = 0, **kwargs
+) -> Problem:
     """Random numbers where a query may look, NaN everywhere else; pages in random order, one of them in two rows."""
+    of = IMPLEMENTATIONS[implementation]
     rng = np.random.default_rng(seed)
     positions = np.array(positions, np.int32)
     rows = len(positions)
-    n_heads, kv_heads = HEADS[heads]
-    num_pages = rows * WIDTH + 3
-    table = rng.permutation(num_pages)[: rows * WIDTH].reshape(rows, WIDTH).astype(np.int32)
+    n_heads, kv_heads = heads
+    num_pages = rows * of.width + 3
+    table = rng.permutation(num_pages)[: rows * of.width].reshape(rows, of.width).astype(np.int32)
     lengths = positions.max(axis=1) + 1
-    sharers = np.flatnonzero(lengths >= PAGE)[-2:]
+    sharers = np.flatnonzero(lengths >= of.page)[-2:]
     table[sharers, 0] = table[sharers[:1], 0]  # two rows with the same beginning
-    shape = (LAYERS, num_pages, kv_heads, PAGE, DIM)
-    k, v = (rng.standard_normal(shape).astype(jnp.dtype(dtype)) for _ in range(2))
-    q = rng.standard_normal((*positions.shape, n_heads, DIM)).astype(np.float32)
-    found = Problem(q, k, v, table, positions, **kwargs)
-    seen = np.zeros((LAYERS, num_pages, PAGE), bool)
+    shape = (LAYERS, num_pages, kv_heads, of.page, of.dim)
+    k, v = (rng.standard_normal(shape, np.float32).astype(jnp.dtype(dtype or of.dtypes[0])) for _ in range(2))
+    q = rng.standard_normal((*positions.shape, n_heads, of.dim)).astype(np.float32)
+    found = Problem(implementation, q, k, v, table, positions, **kwargs)
+    seen = np.zeros((LAYERS, num_pages, of.page), bool)
     for row, query in np.ndindex(positions.shape):
         for slot in found.slots(row, query):
-            seen[found.layer, table[row, slot // PAGE], slot % PAGE] = True
+            seen[found.layer, table[row, slot // of.page], slot % of.page] = True
     for pages in (k, v):
         np.moveaxis(pages, 2, -1)[~seen] = np.nan
     return found
 
 
-def one_query_each(heads: str, dtype: str = "float32", **kwargs) -> Problem:
-    return problem(heads, [[length - 1] for length in LENGTHS], dtype, **kwargs)
+def one_query_each(implementation: str, heads: str, dtype: str | None = None, **kwargs) -> Problem:
+    rows = [[length - 1] for length in IMPLEMENTATIONS[implementation].lengths]
+    return problem(implementation, HEADS[heads], rows, dtype, **kwargs)
 
 
-def several_queries_each(heads: str, dtype: str = "float32", **kwargs) -> Problem:
+def several_queries_each(implementation: str, heads: str, dtype: str | None = None, **kwargs) -> Problem:
     """Padding behind, before and instead of queries; one row that goes over the end of a page."""
+    page, longest = IMPLEMENTATIONS[implementation].page, IMPLEMENTATIONS[implementation].longest
     rows = [
         [-1, -1, -1, -1],
         [0, -1, -1, -1],
         [0, 1, 2, 3],
-        [PAGE - 2, PAGE - 1, PAGE, PAGE + 1],
-        [-1, -1, PAGE - 2, PAGE - 1],
-        [LONGEST - 4, LONGEST - 3, LONGEST - 2, LONGEST - 1],
+        [page - 2, page - 1, page, page + 1],
+        [-1, -1, page - 2, page - 1],
+        [longest - 4, longest - 3, longest - 2, longest - 1],
     ]
-    return problem(heads, rows, dtype, **kwargs)
+    return problem(implementation, HEADS[heads], rows, dtype, **kwargs)
 
 
-def matches(given: Problem, implementation: str, expected: np.ndarray, dtype: str) -> bool:
-    return np.allclose(given.found(implementation), expected, rtol=0, atol=TOLERANCES[dtype])
+NAMES = ["xla", "interpreted", pytest.param("device", marks=pytest.mark.gpu)]
+KERNEL = NAMES[1:]
+suite = pytest.mark.parametrize("implementation", NAMES)
+KINDS = [
+    pytest.param("xla", one_query_each, id="xla-decode"),
+    pytest.param("xla", several_queries_each, id="xla-prefill"),
+    pytest.param("interpreted", one_query_each, id="interpreted"),
+    pytest.param("device", one_query_each, id="device", marks=pytest.mark.gpu),
+]
+kinds = pytest.mark.parametrize(("implementation", "make"), KINDS)
 
 
-suite = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-kinds = pytest.mark.parametrize("make", [one_query_each, several_queries_each], ids=["decode", "prefill"])
-
-
-@suite
 @kinds
-@pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("heads", HEADS)
-def test_equals_the_reference(implementation, make, heads, dtype):
-    given = make(heads, dtype)
-    expected = given.expected()
-    assert not np.isnan(expected).any()
-    np.testing.assert_allclose(given.found(implementation), expected, rtol=0, atol=TOLERANCES[dtype])
-    assert np.all(expected[0] == 0) and np.all(given.found(implementation)[0] == 0)
+def test_equals_the_reference(implementation, make, heads):
+    dtypes = IMPLEMENTATIONS[implementation].dtypes
+    # A program takes the interpreter a second: it runs the second type for one kind of heads.
+    for dtype in dtypes if implementation != "interpreted" or heads == "gqa" else dtypes[:1]:
+        given = make(implementation, heads, dtype)
+        expected = given.expected()
+        assert not np.isnan(expected).any() and np.all(expected[0] == 0)
+        assert np.all(given.check()[0] == 0)
+        assert not given.close(given.swapped().found(), expected), "K and V are not told apart"
 
 
-@suite
-@kinds
-@pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("heads", HEADS)
-def test_swapped_keys_and_values_are_noticed(implementation, make, heads, dtype):
-    given = make(heads, dtype)
-    assert not matches(given.swapped(), implementation, given.expected(), dtype)
-
-
-@suite
 @kinds
 def test_tables_lengths_and_sharing_are_data(implementation, make):
     """The compiled program of one problem serves any other of its shape."""
-    for seed in range(1, 6):
-        given = make("gqa", seed=seed)
-        np.testing.assert_allclose(given.found(implementation), given.expected(), rtol=0, atol=TOLERANCES["float32"])
+    for seed in range(1, 3 if implementation == "interpreted" else 6):
+        make(implementation, "gqa", seed=seed).check()
 
 
-@suite
 @kinds
-@pytest.mark.parametrize(("layer", "scale"), [(0, None), (2, 0.7)])
+@pytest.mark.parametrize(("layer", "scale"), [(0, None), (2, 0.04)])
 def test_layer_and_scale(implementation, make, layer, scale):
     """All other layers are NaN, so a wrong one shows."""
-    given = make("gqa", layer=layer, scale=scale)
-    expected = given.expected()
-    np.testing.assert_allclose(given.found(implementation), expected, rtol=0, atol=TOLERANCES["float32"])
+    given = make(implementation, "gqa", layer=layer, scale=scale)
+    found = given.check()
     if scale is not None:
-        assert not matches(replace(given, scale=None), implementation, expected, "float32")
+        assert not given.close(found, replace(given, scale=None).expected())
 
 
-@suite
+def windows(implementation: str) -> list[int]:
+    page, longest = IMPLEMENTATIONS[implementation].page, IMPLEMENTATIONS[implementation].longest
+    if implementation == "interpreted":
+        return [1, page + 1, 10**12]
+    return [1, page - 1, page, page + 1, 2 * page + 3, longest - 1, longest, 10**12]
+
+
 @kinds
-@pytest.mark.parametrize("window", WINDOWS)
-def test_windows_end_where_they_should(implementation, make, window):
+def test_windows_end_where_they_should(implementation, make):
     """One slot more would be NaN. One less, or all that came before, is another result."""
-    given = make("gqa", sliding_window=window)
-    expected = given.expected()
-    np.testing.assert_allclose(given.found(implementation), expected, rtol=0, atol=TOLERANCES["float32"])
-    assert np.all(expected[0] == 0) and np.all(given.found(implementation)[0] == 0)
-    if 1 < window <= LONGEST:
-        narrower = replace(given, sliding_window=window - 1)
-        assert not matches(narrower, implementation, expected, "float32")
-    if window < LONGEST:
-        everything = replace(make("gqa"), sliding_window=window)
-        assert not matches(replace(everything, sliding_window=None), implementation, everything.expected(), "float32")
+    of = IMPLEMENTATIONS[implementation]
+    everything = make(implementation, "gqa")
+    for window in windows(implementation):
+        given = make(implementation, "gqa", sliding_window=window)
+        found = given.check()
+        assert np.all(found[0] == 0)
+        if of is not XLA and window > of.page + 1:
+            continue  # one slot of many is less than the rounding of 16 bits
+        if 1 < window <= of.longest:
+            assert not given.close(found, replace(given, sliding_window=window - 1).expected())
+        if window < of.longest:
+            found = replace(everything, sliding_window=window).check()
+            assert not given.close(found, everything.expected())
 
 
-@suite
-@kinds
-@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize(
+    ("implementation", "make", "heads"),
+    [
+        pytest.param(*kind.values, heads, id=f"{kind.id}-{heads}", marks=kind.marks)
+        for kind in KINDS
+        for heads in (["gqa"] if kind.id == "interpreted" else HEADS)
+    ],
+)
 def test_windows_of_other_shapes(implementation, make, heads):
-    """All kinds of heads, tables and lengths, in bfloat16; many lengths of one row in one batch."""
-    for seed in range(3):
-        given = make(heads, "bfloat16", seed=seed, sliding_window=PAGE + 3)
-        np.testing.assert_allclose(given.found(implementation), given.expected(), rtol=0, atol=TOLERANCES["bfloat16"])
-    every_length = problem(heads, [[last] for last in range(-1, LONGEST)], sliding_window=PAGE + 3)
-    np.testing.assert_allclose(
-        every_length.found(implementation), every_length.expected(), rtol=0, atol=TOLERANCES["float32"]
-    )
+    """All kinds of heads, tables and lengths; many lengths of one row in one batch."""
+    of = IMPLEMENTATIONS[implementation]
+    for seed in range(0 if implementation == "interpreted" else 3):
+        make(implementation, heads, "bfloat16", seed=seed, sliding_window=of.page + 3).check()
+    lengths = range(-1, of.longest, 1 if of is XLA else 21)
+    problem(implementation, HEADS[heads], [[last] for last in lengths], sliding_window=of.page + 3).check()
 
 
-@suite
-def test_queries_far_apart_leave_a_gap_between_their_windows(implementation):
-    given = problem("gqa", [[3, LONGEST - 1], [-1, PAGE], [LONGEST - 2, 0]], sliding_window=3)
-    np.testing.assert_allclose(given.found(implementation), given.expected(), rtol=0, atol=TOLERANCES["float32"])
+def test_queries_far_apart_leave_a_gap_between_their_windows():
+    rows = [[3, LONGEST - 1], [-1, PAGE], [LONGEST - 2, 0]]
+    problem("xla", HEADS["gqa"], rows, sliding_window=3).check()
 
 
 @pytest.mark.parametrize(
@@ -242,18 +316,16 @@ def test_only_pages_within_reach_are_visited(monkeypatch, positions, window, pag
         return fori_loop(lower, upper, body, start)
 
     monkeypatch.setattr(jax.lax, "fori_loop", counted)
-    given = problem("mqa", positions, sliding_window=window)
-    _, prefill = IMPLEMENTATIONS["api"]
+    given = problem("xla", HEADS["mqa"], positions, sliding_window=window)
     arrays = (given.q, given.k_pages, given.v_pages, given.page_table, given.positions)
-    found = prefill(*map(jnp.asarray, arrays), layer=given.layer, sliding_window=window)
+    found = XLA.prefill(*map(jnp.asarray, arrays), layer=given.layer, sliding_window=window)
     np.testing.assert_allclose(found, given.expected(), rtol=0, atol=TOLERANCES["float32"])
     assert trips == [pages]
 
 
-@suite
-def test_padding_queries_give_zeros(implementation):
-    given = several_queries_each("gqa")
-    found = given.found(implementation)
+def test_padding_queries_give_zeros():
+    given = several_queries_each("xla", "gqa")
+    found = given.found()
     assert np.all(found[given.positions < 0] == 0)
     assert np.all(np.any(found[given.positions >= 0] != 0, axis=-1))
 
@@ -261,19 +333,114 @@ def test_padding_queries_give_zeros(implementation):
 @suite
 def test_scores_of_any_size(implementation):
     """Softmax is taken relative to the largest score: e**400 would overflow."""
-    given = one_query_each("mha", scale=100.0)
-    np.testing.assert_allclose(given.found(implementation), given.expected(), rtol=0, atol=1e-3)
+    given = one_query_each(implementation, "gqa", scale=100.0)
+    if given.k_pages.dtype == np.float32:
+        np.testing.assert_allclose(given.found(), given.expected(), rtol=0, atol=1e-3)
+    else:
+        # The rounding of K and queries moves scores of a thousand by more than their distance: which of them wins is
+        # open, but each result is a mean of values, not larger (but for rounding) than the largest of them.
+        assert np.all(np.abs(given.found()) <= 1.01 * np.nanmax(np.abs(given.v_pages.astype(np.float32))))
 
 
 @suite
 def test_result_has_the_dtype_of_the_queries(implementation):
-    given = one_query_each("mqa", "bfloat16")
+    given = one_query_each(implementation, "mqa", "bfloat16")
     arrays = (given.k_pages, given.v_pages, given.page_table, given.positions[:, 0] + 1)
     decode, _ = compiled(implementation)
     for dtype in (jnp.float32, jnp.bfloat16):
         q = jax.ShapeDtypeStruct(given.q[:, 0].shape, dtype)
         out = jax.eval_shape(functools.partial(decode, layer=0), q, *arrays)
         assert (out.shape, out.dtype) == (q.shape, q.dtype)
+
+
+# ------------------------------------------------------------------------------------------------------- inactive rows
+
+
+@suite
+def test_inactive_rows_give_zeros_and_the_others_what_they_gave(implementation):
+    given = one_query_each(implementation, "gqa")
+    active = np.array([True, True, False, True, False, True])
+    found = given.found(active=jnp.asarray(active))
+    assert np.all(found[~active] == 0)
+    np.testing.assert_array_equal(found[active], given.found()[active])
+    assert np.all(given.found(active=jnp.zeros(len(active), bool)) == 0)
+
+
+@pytest.mark.parametrize("implementation", KERNEL)
+def test_entries_that_no_row_needs_are_not_looked_up(implementation):
+    """Pages that do not exist stand behind each row's length, before its window, and in all of an inactive row."""
+    of = IMPLEMENTATIONS[implementation]
+    window = of.page + 1
+    given = one_query_each(implementation, "gqa", sliding_window=window)
+    active = np.array([True, True, False, True, True, True])
+    lengths = np.where(active, of.lengths, 0)
+    page = np.arange(of.width)
+    needed = (page < -(-lengths[:, None] // of.page)) & (page >= (np.maximum(lengths - window, 0) // of.page)[:, None])
+    wild = replace(given, page_table=np.where(needed, given.page_table, 10**6).astype(np.int32))
+    found = wild.found(active=jnp.asarray(active))
+    np.testing.assert_array_equal(found, np.where(active[:, None, None, None], given.found(), 0))
+
+
+# ------------------------------------------------------------------------------------------------- only of the kernel
+
+
+@pytest.mark.parametrize("implementation", KERNEL)
+def test_other_rows_change_nothing(implementation):
+    """Where a row is cut into pieces depends on its length alone: weights are rounded alike in every batch.
+
+    What is left are the last digits in float32, in which XLA joins the pieces.
+    """
+    given = one_query_each(implementation, "gqa")
+    rows = [5, 2, 4]
+    fewer = replace(given, q=given.q[rows], page_table=given.page_table[rows], positions=given.positions[rows])
+    np.testing.assert_allclose(fewer.found(), given.found()[rows], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", KERNEL)
+@pytest.mark.parametrize(
+    ("heads", "dim", "page"),
+    [((2, 2), 96, 64), ((2, 1), 128, 128), ((2, 1), 256, 64), ((12, 1), 64, 64), ((128, 2), 64, 64)],
+    ids=str,
+)
+def test_shapes_of_heads_and_pages(monkeypatch, implementation, heads, dim, page):
+    shape = replace(IMPLEMENTATIONS[implementation], dim=dim, page=page, width=3)
+    monkeypatch.setitem(IMPLEMENTATIONS, implementation, shape)
+    problem(implementation, heads, [[-1], [page - 2], [3 * page - 1]], sliding_window=page + 5).check()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("heads", "dim", "dtype"),
+    [((32, 32), 128, "bfloat16"), ((32, 8), 128, "float16"), ((32, 8), 64, "bfloat16"), ((16, 8), 128, "bfloat16")],
+    ids=str,
+)
+def test_rows_and_heads_of_real_models(monkeypatch, heads, dim, dtype):
+    """Rows of one to five pieces; with 32 KV heads more work than there are blocks."""
+    monkeypatch.setitem(IMPLEMENTATIONS, "device", replace(DEVICE, dim=dim, width=36))
+    problem("device", heads, [[last] for last in range(35, 36 * 64, 280)], dtype).check()
+
+
+@pytest.mark.parametrize(
+    ("q", "pages", "parts"),
+    [
+        ((4, 64), ((2, 64, 64), "float32"), ["bfloat16 or float16", "float32"]),
+        ((4, 80), ((2, 64, 80), "bfloat16"), ["64, 96, 128, 256", "80"]),
+        ((4, 64), ((2, 32, 64), "bfloat16"), ["page size", "64", "32"]),
+        ((4, 64), ((2, 96, 64), "bfloat16"), ["page size", "96"]),
+        ((130, 64), ((2, 64, 64), "bfloat16"), ["64 query heads", "65"]),
+        ((128, 64), ((2, 64, 64), "bfloat16"), []),
+    ],
+)
+def test_the_kernel_says_what_it_does_not_take(q, pages, parts):
+    shape, dtype = pages
+    q = jnp.zeros((3, *q))
+    pool = jnp.zeros((LAYERS, 5, *shape), dtype)
+    reason = mosaic.refusal(q, pool)
+    assert all(part in str(reason) for part in parts) and (reason is None) == (not parts)
+    if parts:
+        with pytest.raises(ValueError) as caught:
+            mosaic.paged_attention(q, pool, pool, jnp.zeros((3, 2), jnp.int32), jnp.zeros(3, jnp.int32), layer=0)
+        assert str(caught.value) == reason
 
 
 # -------------------------------------------------------------------------------------------------------- bad arguments

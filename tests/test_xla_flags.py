@@ -2,7 +2,7 @@
 
 import pytest
 
-from eejax.xla_flags import set_xla_flags
+from eejax.xla_flags import compiler_options, set_xla_flags
 
 OPTION = "xla_cpu_small_while_loop_byte_threshold"
 
@@ -21,3 +21,8 @@ def test_flags_are_added_to_those_that_are_set(before, after):
     set_xla_flags(environment)
     set_xla_flags(environment)
     assert environment == {"XLA_FLAGS": after}
+
+
+def test_only_gpu_programs_are_compiled_otherwise():
+    assert compiler_options("cpu") == {}
+    assert compiler_options("gpu") == {"xla_disable_hlo_passes": "rematerialization"}

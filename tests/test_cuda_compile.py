@@ -1,0 +1,142 @@
+"""The whole way to a Hopper GPU's machine code, on a machine without one: XLA, Mosaic and ptxas for a described H100.
+
+It needs the wheels of `jax[cuda13]` or `jax[cuda12]`, and no driver; where they are not installed it is skipped:
+
+    make test EXTRAS=cuda13 ARGS=tests/test_cuda_compile.py
+
+What a program then does, and how fast, only a GPU shows (`pytest -m gpu`).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+import pallas_kernels
+from bench.shapes import SHAPES
+from eejax.config import CacheConfig, EngineConfig, ExitConfig, ModelConfig
+from eejax.decode import decode_chunk
+from eejax.decode_state import Plan
+from eejax.kv_cache import init_cache
+from eejax.model import param_shapes
+from eejax.runner import Runner
+from eejax.xla_flags import compiler_options
+from pallas_kernels import KVProjection
+from pallas_kernels.implementation import VARIABLE
+
+PLUGINS = [name for name in ("jax_cuda13_plugin", "jax_cuda12_plugin") if importlib.util.find_spec(name)]
+pytestmark = pytest.mark.skipif(not PLUGINS, reason="needs the wheels of jax[cuda13] or jax[cuda12]")
+
+H100 = Path(__file__).parent / "fixtures" / "h100.txtpb"
+"""What XLA must know of an H100 SXM, as its `GpuTargetConfigProto`."""
+
+OPTIONS = {"xla_gpu_autotune_level": 0, **compiler_options("gpu")}  # there is no device to time kernels on
+BFLOAT16 = jnp.dtype("bfloat16")
+ROWS, WIDTH = 32, 64
+
+
+@functools.cache
+def h100() -> jax.Device:
+    found = topologies.get_topology_desc(
+        platform="cuda", topology_name="h100", topology="1x1x1", target_config=H100.read_text()
+    )
+    return found.devices[0]
+
+
+def compiled(function, *arguments, donate: tuple[int, ...] = ()) -> jax.stages.Compiled:
+    place = SingleDeviceSharding(h100())
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(np.shape(a), a.dtype, sharding=place), arguments)
+    return jax.jit(function, donate_argnums=donate).lower(*shapes).compile(compiler_options=OPTIONS)
+
+
+def shaped(*shape: int, dtype=BFLOAT16) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+
+
+# (query heads, KV heads, head dimension, hidden size, bias, norm of the keys)
+MODELS = {
+    "llama-2-7b": (32, 32, 128, 4096, False, False),
+    "llama-3-8b": (32, 8, 128, 4096, False, False),
+    "llama-3.2-1b": (32, 8, 64, 2048, False, False),
+    "qwen3-0.6b": (16, 8, 128, 1024, False, True),
+    "heads of 96": (32, 32, 96, 3072, False, False),
+    "heads of 256": (16, 8, 256, 2048, True, True),
+}
+
+
+def attention_of(heads, kv_heads, dim, size, bias, norm):
+    pages = shaped(3, 512, kv_heads, 64, dim)
+    table, lengths, active = shaped(ROWS, WIDTH, dtype="int32"), shaped(ROWS, dtype="int32"), shaped(ROWS, dtype="bool")
+
+    def call(q, k, v, table, lengths, active):
+        return pallas_kernels.paged_attention(q, k, v, table, lengths, layer=1, active=active, implementation="mosaic")
+
+    return call, (shaped(ROWS, heads, dim), pages, pages, table, lengths, active), ()
+
+
+def fill_of(heads, kv_heads, dim, size, bias, norm):
+    pages, width = shaped(3, 512, kv_heads, 64, dim), 2 * kv_heads * dim
+    block = KVProjection(
+        shaped(size), shaped(width, size), shaped(width) if bias else None, shaped(dim) if norm else None, 1e-5
+    )
+    table, numbers = shaped(ROWS, WIDTH, dtype="int32"), shaped(ROWS, dtype="int32")
+
+    def call(x, blocks, k, v, table, positions, from_block, freq):
+        return pallas_kernels.kv_fill(
+            x, blocks, k, v, table, positions, from_block, layers=(2, 0, 1), freq=freq, implementation="mosaic"
+        )
+
+    freq = shaped(dim // 2, dtype="float32")
+    return call, (shaped(size, ROWS), [block] * 3, pages, pages, table, numbers, numbers, freq), (2, 3)
+
+
+@pytest.mark.parametrize("operation", [attention_of, fill_of])
+@pytest.mark.parametrize("name", MODELS)
+def test_kernels_become_machine_code_that_stays_in_registers(name, operation, tmp_path, monkeypatch):
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
+    call, arguments, donate = operation(*MODELS[name])
+    program = compiled(call, *arguments, donate=donate)
+    assert 'custom_call_target="mosaic_gpu' in program.as_text()
+    reports = "".join(file.read_text() for file in tmp_path.rglob("*.ptxas"))
+    spills = [int(count) for count in re.findall(r"(\d+) bytes spill stores", reports)]
+    assert spills and max(spills) <= (1024 if name == "heads of 256" else 0), reports  # 256 sums a row do not fit
+    assert "sm_90a" in reports
+
+
+@pytest.mark.parametrize("fill", ["eager", "deferred"])
+def test_a_decode_chunk_updates_the_cache_in_place(fill, monkeypatch):
+    """With both kernels in it: no copy of the cache, and temporaries far below its size."""
+    monkeypatch.setenv(VARIABLE, "mosaic")
+    model = replace(SHAPES["llama-1b"], n_layers=3, exits=ExitConfig((1, 2)), vocab_size=1024)
+    chunk, arguments, cache = decode_of(model, fill)
+    program = compiled(chunk, *arguments, donate=(1,))
+    memory, size = program.memory_analysis(), 2 * cache.k.size * cache.k.dtype.itemsize
+    assert memory.alias_size_in_bytes >= size
+    assert memory.temp_size_in_bytes < size / 10
+    text, shape = program.as_text(), ",".join(map(str, cache.k.shape))
+    assert text.count('custom_call_target="mosaic_gpu') >= 2
+    assert not re.findall(rf"= \S*\[{shape}\]\S* (?:copy|copy-start|gather)\(.*", text)
+
+
+def decode_of(model: ModelConfig, fill: str):
+    """A chunk of `ROWS` rows over a large cache, and the shapes of its arguments, without making any of them."""
+    config = EngineConfig(model=model, cache=CacheConfig(2048), max_model_len=1024)
+    params = jax.tree.map(lambda leaf: shaped(*leaf.shape), param_shapes(model))
+    cache = jax.eval_shape(lambda: init_cache(model, config.cache, BFLOAT16))
+    runner = object.__new__(Runner)  # for the form of rows and state alone
+    runner.config, runner.params, runner.cache = config, params, cache
+    plan = Plan((ROWS,), fill == "deferred")
+    chunk = functools.partial(decode_chunk, model, 4, plan)
+    counts = (np.int32(1), np.int32(1), np.bool_(False))
+    return chunk, (params, cache, runner._rows((), ROWS), runner._state((), ROWS), *counts), cache

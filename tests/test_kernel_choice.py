@@ -1,0 +1,180 @@
+"""Which implementation of the kernels runs, what is refused and why, and bad arguments of `kv_fill`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_kernels
+from eejax.config import CacheConfig, EngineConfig
+from eejax.errors import ConfigError
+from eejax.kernels import choose_kernels
+from eejax.runner import Runner
+from pallas_kernels import KVProjection, implementation
+from pallas_kernels.api import check_page_ids
+from pallas_kernels.implementation import VARIABLE, device_refusal, resolve
+from tests.cases import random_model
+
+
+@pytest.fixture(autouse=True)
+def no_wish(monkeypatch):
+    monkeypatch.delenv(VARIABLE, raising=False)
+
+
+def on_device(monkeypatch, platform: str, capability: str | None = None) -> None:
+    device = SimpleNamespace(platform=platform, compute_capability=capability)
+    monkeypatch.setattr(implementation.jax, "local_devices", lambda: [device])
+
+
+# ------------------------------------------------------------------------------------------------------------- resolve
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "runs", "why"),
+    [
+        ("gpu", "9.0", "mosaic", None),
+        ("gpu", "8.0", "xla", "8.0"),
+        ("gpu", "10.0", "xla", "10.0"),
+        ("cpu", None, "xla", "cpu"),
+        ("tpu", None, "xla", "tpu"),
+    ],
+)
+def test_auto_takes_mosaic_on_hopper_alone(monkeypatch, platform, capability, runs, why):
+    on_device(monkeypatch, platform, capability)
+    assert resolve("auto", lambda: None) == runs
+    refusal = device_refusal()
+    assert refusal is None if why is None else why in refusal
+
+
+def test_a_kernel_that_refuses_gives_way(monkeypatch):
+    on_device(monkeypatch, "gpu", "9.0")
+    assert resolve("auto", lambda: "head dimension 80") == "xla"
+    with pytest.raises(ValueError, match=r"implementation is 'mosaic'.*head dimension 80"):
+        resolve("mosaic", lambda: "head dimension 80")
+
+
+@pytest.mark.parametrize("wish", ["xla", "mosaic"])
+def test_the_variable_decides_where_the_caller_does_not(monkeypatch, wish):
+    on_device(monkeypatch, *{"xla": ("gpu", "9.0"), "mosaic": ("cpu", None)}[wish])
+    monkeypatch.setenv(VARIABLE, wish)
+    assert resolve("auto", lambda: None) == wish
+    other = {"xla": "mosaic", "mosaic": "xla"}[wish]
+    assert resolve(other, lambda: None) == other
+    monkeypatch.setenv(VARIABLE, "")
+    assert resolve("auto", lambda: None) == other
+
+
+def test_unknown_names_are_refused(monkeypatch):
+    with pytest.raises(ValueError, match="implementation must be one of auto, mosaic, xla, got 'triton'"):
+        resolve("triton", lambda: None)
+    monkeypatch.setenv(VARIABLE, "cuda")
+    with pytest.raises(ValueError, match=f"{VARIABLE} must be one of auto, mosaic, xla, got 'cuda'"):
+        resolve("auto", lambda: None)
+
+
+# ---------------------------------------------------------------------------------------------------------- a model's
+
+
+def test_a_model_s_kernels_and_what_speaks_against_mosaic(monkeypatch):
+    config, _ = random_model("gqa")
+    bfloat16 = jnp.dtype("bfloat16")
+    found = choose_kernels(config, 64, bfloat16)
+    assert {choice.implementation for choice in found.values()} == {"xla"}
+    assert all("cpu" in choice.refusal for choice in found.values())
+
+    on_device(monkeypatch, "gpu", "9.0")
+    fitting = replace(config, head_dim=64, hidden_size=256)
+    assert all(choice == ("mosaic", None) for choice in choose_kernels(fitting, 64, bfloat16).values())
+    for model, page, dtype, word, refusing in (
+        (config, 64, bfloat16, str(config.head_dim), {"paged_attention", "kv_fill"}),
+        (fitting, 16, bfloat16, "16", {"paged_attention"}),  # fill-in writes token by token
+        (fitting, 64, jnp.dtype("float32"), "float32", {"paged_attention", "kv_fill"}),
+    ):
+        found = choose_kernels(model, page, dtype)
+        assert {name for name, choice in found.items() if choice.implementation == "xla"} == refusing
+        assert all(word in found[name].refusal for name in refusing)
+
+
+@pytest.mark.parametrize(("wish", "message"), [("cuda", "EEJAX_KERNELS must be one of"), ("mosaic", "float32")])
+def test_a_wish_that_cannot_be_met_is_refused_before_anything_runs(monkeypatch, wish, message):
+    model, params = random_model("gqa")
+    monkeypatch.setenv(VARIABLE, wish)
+    with pytest.raises(ConfigError, match=message):
+        Runner(EngineConfig(model=model, cache=CacheConfig(8, 64), max_model_len=64), params)
+
+
+# ------------------------------------------------------------------------------------------------------- bad arguments
+
+
+def test_page_ids_out_of_range_are_refused_on_the_host():
+    table = np.zeros((3, 4), np.int32)
+    check_page_ids(table, 1)
+    table[1, 2] = 7
+    check_page_ids(table, 8)
+    with pytest.raises(ValueError, match=r"page_table\[1, 2\] is 7; the cache has pages 0\.\.6"):
+        check_page_ids(table, 7)
+    table[1, 2] = -1
+    with pytest.raises(ValueError, match=r"page_table\[1, 2\] is -1"):
+        check_page_ids(table, 8)
+
+
+def fill_arguments(tokens: int = 3, size: int = 8, heads: int = 2, dim: int = 4) -> dict:
+    block = KVProjection(jnp.ones(size), jnp.ones((2 * heads * dim, size)), None, None, 1e-5)
+    pages = jnp.zeros((3, 5, heads, 8, dim))
+    return {
+        "x": jnp.ones((size, tokens)),
+        "blocks": [block, block],
+        "k_pages": pages,
+        "v_pages": pages,
+        "page_table": jnp.zeros((tokens, 2), jnp.int32),
+        "positions": jnp.arange(tokens),
+        "from_block": jnp.zeros(tokens, jnp.int32),
+        "layers": (2, 0),
+        "freq": jnp.ones(dim // 2),
+    }
+
+
+def with_block(**changes: jax.Array) -> dict:
+    good = fill_arguments()["blocks"][0]
+    return {"blocks": [good, replace(good, **changes)]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": jnp.ones((8, 3, 1))}, r"x must be \[D, N\], got \[8, 3, 1\]"),
+        ({"v_pages": jnp.zeros((3, 5, 2, 8, 4), jnp.bfloat16)}, "k_pages and v_pages must be alike"),
+        ({"page_table": jnp.zeros((2, 2), jnp.int32)}, r"page_table must be \[3, M\], one row per token.*\[2, 2\]"),
+        ({"page_table": jnp.zeros((3, 2))}, "page_table must be integers, got float32"),
+        ({"positions": jnp.arange(4)}, r"positions must be \[3\], got \[4\]"),
+        ({"from_block": jnp.zeros(1, jnp.int32)}, r"from_block must be \[3\], got \[1\]"),
+        ({"from_block": jnp.zeros(3)}, "from_block must be integers"),
+        ({"freq": jnp.ones(4)}, r"freq must be \[2\], got \[4\]"),
+        ({"layers": (0,)}, r"each of 2 blocks, got \(0,\)"),
+        ({"layers": (1, 1)}, r"each of 2 blocks, got \(1, 1\)"),
+        ({"layers": (1, 3)}, r"layers must lie in 0\.\.2, got 3"),
+        (with_block(wkv=jnp.ones((16, 9))), r"blocks\[1\]\.wkv must be \[16, 8\], got \[16, 9\]"),
+        (with_block(norm=jnp.ones(9)), r"blocks\[1\]\.norm must be \[8\], got \[9\]"),
+        (with_block(bkv=jnp.ones(8)), r"blocks\[1\]\.bkv must be \[16\], got \[8\]"),
+        (with_block(k_norm=jnp.ones(2)), r"blocks\[1\]\.k_norm must be \[4\], got \[2\]"),
+        ({"implementation": "cuda"}, "implementation must be one of auto, mosaic, xla, got 'cuda'"),
+        ({"implementation": "mosaic"}, "float32"),
+    ],
+)
+def test_bad_arguments_of_kv_fill_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        pallas_kernels.kv_fill(**(fill_arguments() | changes))
+
+
+def test_bad_rows_of_paged_attention_are_named():
+    pages = jnp.zeros((1, 2, 1, 8, 4))
+    call = {"q": jnp.ones((2, 1, 4)), "k_pages": pages, "v_pages": pages, "layer": 0}
+    call |= {"page_table": jnp.zeros((2, 1), jnp.int32), "lengths": jnp.ones(2, jnp.int32)}
+    for active in (jnp.ones(3, bool), jnp.ones(2, jnp.int32)):
+        with pytest.raises(ValueError, match=r"active must be bool\[2\], got"):
+            pallas_kernels.paged_attention(**call, active=active)
