@@ -2,7 +2,7 @@
 # make oracle writes the fixtures of the tests anew, with Transformers and torch in an environment of their own.
 #
 #   make demo EXTRAS=cuda12         an NVIDIA GPU (or cuda13)
-#   make test ARGS="-k cache -x"    arguments for pytest (for demo: for `eejax demo`)
+#   make test ARGS="-k cache -x"    arguments for pytest, which runs in two processes (for demo: for `eejax demo`)
 #   make test PYTHON=python3.13     another interpreter, when .venv is first made
 #   make test VENV=.venv-313        another virtual environment
 #   make oracle ORACLE_PYTHON=/path/to/python3.11
@@ -35,7 +35,7 @@ demo: $(demo_ready)
 	@$(bin)/eejax demo $(ARGS)
 
 test: $(test_ready)
-	@$(bin)/python -m pytest -q $(ARGS)
+	@$(bin)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
 
 lint: $(lint_ready)
 	@failed=0; \

@@ -14,6 +14,7 @@ BENCHES = {
     "calibration": "thresholds certified on some prompts, their risk on others, over many random splits",
     "convert": "a Hugging Face folder to a checkpoint and back: time, peak memory, copying beside it",
     "kernels": "paged attention and KV fill-in by themselves, beside the bytes that must move",
+    "peers": "the same requests by other engines, each in a process of its own: speed, memory, equal tokens",
     "schedule": "many requests under each scheduling policy: throughput, latency, waste, memory",
     "simulate": "the scheduler against a model of the device: its error, and fleets that no machine here can run",
     "throughput": "many requests: requests and tokens per second, early exit against full depth",
