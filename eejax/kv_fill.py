@@ -92,11 +92,13 @@ def fill(
     tokens: Tokens,
     cache: PagedKVCache,
     from_layer: Int[Array, " N"] | int = 0,
+    starts: Sequence[int] | None = None,
 ) -> PagedKVCache:
     """Write the K and V that cached blocks `layers` have for hidden states which do not go through them.
 
     Args:
         from_layer: index into `layers` from which on a token lacks them; `len(layers)` where it lacks none.
+        starts: values that it may have beside this; any when None.
     """
     blocks = [model.cached_blocks[layer].kv_projection for layer in layers]
     k, v = kernels.kv_fill(
@@ -109,6 +111,7 @@ def fill(
         jnp.where(tokens.valid, from_layer, len(layers)).astype(jnp.int32),
         layers=layers,
         freq=model.frequencies(),
+        starts=starts,
     )
     return PagedKVCache(k, v)
 
@@ -124,9 +127,9 @@ def fill_segments(
     by_segment = [cached_in(model, segment) for segment in range(1, len(model.config.segments))]
     layers = tuple(chain.from_iterable(by_segment))
     # Where each segment's blocks begin among all of them; nothing is missing behind the last.
-    starts = jnp.array([0, 0, *accumulate(map(len, by_segment))], jnp.int32)
-    from_layer = jnp.where(tokens.valid, starts[filled], len(layers))
-    cache = fill(model, layers, tokens, cache, from_layer)
+    starts = [0, *accumulate(map(len, by_segment))]
+    from_layer = jnp.where(tokens.valid, jnp.array([0, *starts], jnp.int32)[filled], len(layers))
+    cache = fill(model, layers, tokens, cache, from_layer, starts[:-1])
     return cache, len(layers) - jnp.min(from_layer)
 
 

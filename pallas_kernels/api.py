@@ -113,6 +113,7 @@ def kv_fill(
     *,
     layers: Sequence[int],
     freq: Float[Array, " C/2"],
+    starts: Sequence[int] | None = None,
     implementation: Implementation = "auto",
 ) -> tuple[Float[Array, "L P K S C"], Float[Array, "L P K S C"]]:
     """Write the K and V that tokens have in blocks they did not run (CALM, arXiv 2207.07061, sec. 3.1).
@@ -126,6 +127,8 @@ def kv_fill(
         k_pages, v_pages: donate them: they are updated in place then.
         layers: the cached block that each of `blocks` writes.
         freq: angular frequencies of the rotary embedding, radians per position.
+        starts: what `from_block` may be beside `len(blocks)`, ascending from 0; anything when None. Fewer make a
+            smaller program.
 
     Returns:
         `k_pages` and `v_pages`; what is not written is as it was, to the bit.
@@ -135,7 +138,8 @@ def kv_fill(
             unknown, or refuses these arguments: the message says why.
     """
     _check_pages(k_pages, v_pages)
-    _check_fill(x, blocks, k_pages, page_table, positions, from_block, layers, freq)
+    starts = range(len(blocks)) if starts is None else starts
+    _check_fill(x, blocks, k_pages, page_table, positions, from_block, layers, freq, starts)
     if not blocks:
         return k_pages, v_pages
     arguments = (x, blocks, k_pages, v_pages, page_table, positions, from_block)
@@ -143,7 +147,7 @@ def kv_fill(
         from pallas_kernels.mosaic import kv_fill as mosaic
 
         return mosaic.kv_fill(*arguments, layers=layers, freq=freq)
-    return reference.kv_fill(*arguments, layers=layers, freq=freq)
+    return reference.kv_fill(*arguments, layers=layers, freq=freq, starts=starts)
 
 
 def kv_fill_refusal(
@@ -220,6 +224,7 @@ def _check_fill(
     from_block: Array,
     layers: Sequence[int],
     freq: Array,
+    starts: Sequence[int],
 ) -> None:
     if x.ndim != 2:
         raise ValueError(f"x must be [D, N], got {list(x.shape)}")
@@ -240,6 +245,8 @@ def _check_fill(
     for layer in layers:
         if not 0 <= layer < cached:
             raise ValueError(f"layers must lie in 0..{cached - 1}, got {layer}")
+    if blocks and list(starts) != sorted({0, *starts} & set(range(len(blocks)))):
+        raise ValueError(f"starts must ascend from 0 and lie below {len(blocks)}, got {list(starts)}")
     rows = 2 * kv_heads * dim
     expected = {"norm": [size], "wkv": [rows, size], "bkv": [rows], "k_norm": [dim]}
     for index, block in enumerate(blocks):

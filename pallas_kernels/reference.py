@@ -7,6 +7,7 @@ window, on how long the rows are.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import jax
@@ -119,19 +120,22 @@ def kv_fill(
     *,
     layers: Sequence[int],
     freq: Float[Array, " C/2"],
+    starts: Sequence[int],
 ) -> tuple[Float[Array, "L P K S C"], Float[Array, "L P K S C"]]:
     """See `pallas_kernels.api.kv_fill`."""
     slots = slots_of(page_table, positions, k_pages.shape[3])
     pages = (k_pages, v_pages)
-    for index, (block, layer) in enumerate(zip(blocks, layers, strict=True)):
-        lacks = from_block <= index
+    for start, end in itertools.pairwise((*starts, len(blocks))):
+        lacks = from_block <= start
 
         def write_missing(
-            pages: tuple[Array, Array], block: KVProjection = block, layer: int = layer, lacks: Array = lacks
+            pages: tuple[Array, Array], run: slice = slice(start, end), lacks: Array = lacks
         ) -> tuple[Array, Array]:
-            k, v = normed_keys_values(block, x, positions, freq)
             where = slots.only(lacks, k_pages.shape[1])
-            return write(pages[0], layer, where, k), write(pages[1], layer, where, v)
+            for block, layer in zip(blocks[run], layers[run], strict=True):
+                k, v = normed_keys_values(block, x, positions, freq)
+                pages = write(pages[0], layer, where, k), write(pages[1], layer, where, v)
+            return pages
 
         pages = run_if(jnp.any(lacks), write_missing, pages)
     return pages

@@ -86,7 +86,7 @@ ENGINES: dict[str, dict] = {shape: {"shape": shape, "decode": PLAIN} for shape i
         "max_chunk_steps": 4,
         "page_size": 4,
         "num_pages": 13,
-        "decode": DecodeConfig("always", "deferred"),
+        "decode": DecodeConfig("never", "deferred"),
     },
     **{
         f"modes {compaction} {fill} {rebatching}": {

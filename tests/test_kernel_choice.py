@@ -157,6 +157,8 @@ def with_block(**changes: jax.Array) -> dict:
         ({"freq": jnp.ones(4)}, r"freq must be \[2\], got \[4\]"),
         ({"layers": (0,)}, r"each of 2 blocks, got \(0,\)"),
         ({"layers": (1, 1)}, r"each of 2 blocks, got \(1, 1\)"),
+        ({"starts": (1,)}, r"starts must ascend from 0 and lie below 2, got \[1\]"),
+        ({"starts": (0, 2)}, r"starts must ascend from 0 and lie below 2, got \[0, 2\]"),
         ({"layers": (1, 3)}, r"layers must lie in 0\.\.2, got 3"),
         (with_block(wkv=jnp.ones((16, 9))), r"blocks\[1\]\.wkv must be \[16, 8\], got \[16, 9\]"),
         (with_block(norm=jnp.ones(9)), r"blocks\[1\]\.norm must be \[8\], got \[9\]"),
