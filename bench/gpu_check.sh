@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# All that needs a GPU, in one command: the gpu tests, the kernels, and decoding with random weights, in under nine minutes
-# from a cold start. A short table ends it; JSON, the table and every stage's output go to a folder.
+# All that needs a GPU, in one command: the gpu tests, the kernels, and decoding with random weights. It ends within
+# nine minutes, with what it has by then. A short table ends it; JSON, the table and every stage's output go to a folder.
 #
 #   bench/gpu_check.sh [--out DIR] [--dry-run]
 #   PYTHON=/path/to/python bench/gpu_check.sh     another interpreter than python3

@@ -75,6 +75,8 @@ def _tuning(metrics: dict, points: list[str]) -> str:
             bits = " → ".join(f"{of['exits'][points[-1]]['bits_per_byte']:.3f}" for of in pair)
             agree = [" → ".join(f"{of['exits'][p]['at_0']['agreement']:.1%}" for of in pair) for p in points[:-1]]
             effect.append([name, "" if name == "own answers" else bits, *agree])
+    has_own = effect[-1][0] == "own answers"
+    own = "; own answers are each model's own to\nquestions of that split" if has_own else ""
     cores = f", {t['cores']} cores" if t["cores"] else ""
     return f"""## Tuning
 
@@ -86,8 +88,7 @@ model's own greedy answers to {t["answers"]:,} prompts of the train splits, wher
 
 {t["dtype"]} products, on {t["device"]}{cores}. "Share kept": a stage ends with a mean of weights, of what was learnt
 and, for the rest, the model before tuning. What it changed: bits per byte of the last block, and how often an exit's
-most likely token is that of the last block, on the {metrics["split"]} split; own answers are each model's own to
-questions of that split.
+most likely token is that of the last block, on the {metrics["split"]} split{own}.
 
 {_table(["set", f"exit {points[-1]}, bits per byte", *(f"exit {p}, agreement" for p in points[:-1])], effect)}
 

@@ -15,14 +15,14 @@ from pallas_kernels.implementation import device_refusal, resolve
 from pallas_kernels.projection import KVProjection
 
 
-class Choice(NamedTuple):
+class KernelChoice(NamedTuple):
     """The implementation of one operation, and what speaks against Mosaic's kernel, if anything does."""
 
     implementation: str
     refusal: str | None
 
 
-def choose_kernels(model: ModelConfig, page_size: int, dtype: jnp.dtype) -> dict[str, Choice]:
+def choose_kernels(model: ModelConfig, page_size: int, dtype: jnp.dtype) -> dict[str, KernelChoice]:
     """What `pallas_kernels` runs for this model on JAX's default device, by operation.
 
     Raises:
@@ -42,6 +42,6 @@ def choose_kernels(model: ModelConfig, page_size: int, dtype: jnp.dtype) -> dict
         "kv_fill": lambda: kv_fill_refusal(shaped(size, 1), [block], pages),
     }
     try:
-        return {name: Choice(resolve("auto", why), device_refusal() or why()) for name, why in refusals.items()}
+        return {name: KernelChoice(resolve("auto", why), device_refusal() or why()) for name, why in refusals.items()}
     except ValueError as error:
         raise ConfigError(str(error)) from error
