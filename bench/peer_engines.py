@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -141,7 +143,7 @@ class EngineFailedError(Exception):
 
 
 def run_process(command: Sequence[str | Path], log: Path, limit: float, environment: Mapping[str, str]) -> None:
-    """Run a command to its end, all that it writes going to `log`.
+    """Run a command to its end, all that it writes going to `log`. It ends with us, and so does what it has started.
 
     Args:
         limit: seconds after which it is stopped.
@@ -152,22 +154,39 @@ def run_process(command: Sequence[str | Path], log: Path, limit: float, environm
     log.parent.mkdir(parents=True, exist_ok=True)
     try:
         with log.open("wb") as out:
-            done = subprocess.run(
+            process = subprocess.Popen(
                 [str(part) for part in command],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **environment},
-                timeout=limit,
-                check=False,
+                start_new_session=True,  # a group of its own, to be ended as one
             )
+        with _ended_with_us(process):
+            code = process.wait(limit)
     except OSError as error:
         raise EngineFailedError(str(error)) from error
     except subprocess.TimeoutExpired as error:
         raise EngineFailedError(f"stopped after {limit:.0f} s") from error
-    if done.returncode != 0:
+    if code != 0:
         lines = log.read_text(errors="replace").strip().splitlines() or ["(it wrote nothing)"]
-        raise EngineFailedError(f"exit code {done.returncode}, {lines[-1].strip()[:300]} (see {log})")
+        raise EngineFailedError(f"exit code {code}, {lines[-1].strip()[:300]} (see {log})")
+
+
+@contextmanager
+def _ended_with_us(process: subprocess.Popen) -> Iterator[None]:
+    """While a process is waited for: whatever ends the wait, SIGTERM too, ends the process and its group."""
+    ours = threading.current_thread() is threading.main_thread()  # others may not set handlers
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number)) if ours else None
+    try:
+        yield
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, before)
 
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}

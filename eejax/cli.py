@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,6 +25,7 @@ from eejax.errors import ConfigError
 from eejax.params import CALIBRATED, DecayingThreshold, EarlyExitParams, SamplingParams
 from eejax.prompts import read_prompts
 from eejax.request import PromptLike
+from eejax.start_up import describe, status
 from eejax.terminal import answer_one_by_one, answer_together, integers, numbers, reported_errors
 
 if TYPE_CHECKING:
@@ -265,17 +267,22 @@ app.command()(calibrate)
 
 
 def load(path: Path, **options: Any) -> LLM:
-    """The model in `path`, with a line on stderr while it loads."""
+    """The model in `path`. A terminal is told while it loads, and what that took."""
     # A refused request is reported by its own red line, not by the library's warning as well.
     logging.getLogger("eejax").addHandler(logging.NullHandler())
-    console = Console(stderr=True)
-    with console.status(f"loading {path}"):
+    start = time.perf_counter()
+    with status(f"loading {path}") as steps:
         from eejax.llm import LLM
         from eejax.tokenizer import require_tokenizer
 
         if path.is_dir():
             require_tokenizer(path)  # the API takes token ids instead, the command line only text
-        return LLM(path, **options)
+        llm = LLM(path, **options)
+    console = Console(stderr=True, highlight=False)
+    if console.is_terminal:
+        text = f"loaded in {time.perf_counter() - start:.1f} s: {describe(steps)}"
+        console.print(text, style="dim", soft_wrap=True)
+    return llm
 
 
 def check_exits(llm: LLM, early_exit: EarlyExitParams) -> None:

@@ -19,6 +19,7 @@ from eejax.errors import CheckpointError
 from eejax.llm import LLM
 from eejax.params import SamplingParams
 from eejax.request import CompletionOutput, PromptLike, RequestOutput
+from eejax.start_up import begun
 
 DEMO_PROMPTS = Path(__file__).with_name("demo_prompts.jsonl")
 FIRST_SHADE, LAST_SHADE = (90, 200, 120), (250, 224, 140)
@@ -152,7 +153,7 @@ def stream_shaded(console: Console, llm: LLM, prompt: PromptLike, params: Sampli
             if line.endswith("\n"):
                 console.print()
 
-    for delta in llm.stream(prompt, params):
+    for delta in begun(llm.stream(prompt, params), lambda: llm.engine.runner.decode_program(1), []):
         for token, layer in zip(delta.token_ids, delta.exit_layers, strict=True):
             layers.append(layer)
             show(text.append(token))

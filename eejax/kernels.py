@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import jax
@@ -10,13 +9,13 @@ import jax.numpy as jnp
 
 from eejax.config import ModelConfig
 from eejax.errors import ConfigError
-from pallas_kernels.api import kv_fill_refusal, paged_attention_refusal
+from pallas_kernels.api import kv_fill_refusals, paged_attention_refusals
 from pallas_kernels.implementation import device_refusal, resolve
 from pallas_kernels.projection import KVProjection
 
 
 class KernelChoice(NamedTuple):
-    """The implementation of one operation, and what speaks against Mosaic's kernel, if anything does."""
+    """The implementation of one operation, and what speaks against the kernel of this device, if anything does."""
 
     implementation: str
     refusal: str | None
@@ -37,11 +36,16 @@ def choose_kernels(model: ModelConfig, page_size: int, dtype: jnp.dtype) -> dict
     bias = shaped(2 * heads * dim) if model.attention_bias else None
     k_norm = shaped(dim) if model.qk_norm else None
     block = KVProjection(shaped(size), shaped(2 * heads * dim, size), bias, k_norm, model.norm_eps)
-    refusals: dict[str, Callable[[], str | None]] = {
-        "paged_attention": lambda: paged_attention_refusal(shaped(1, model.n_heads, dim), pages),
-        "kv_fill": lambda: kv_fill_refusal(shaped(size, 1), [block], pages),
+    refusals = {
+        "paged_attention": paged_attention_refusals(shaped(1, model.n_heads, dim), pages),
+        "kv_fill": kv_fill_refusals(shaped(size, 1), [block], pages),
     }
+    # Of the kernels that there are, the one whose device this is; Mosaic's where there is none.
+    mine = "mosaic" if device_refusal("native") else "native"
     try:
-        return {name: KernelChoice(resolve("auto", why), device_refusal() or why()) for name, why in refusals.items()}
+        return {
+            name: KernelChoice(resolve("auto", found), device_refusal(mine) or found[mine]())
+            for name, found in refusals.items()
+        }
     except ValueError as error:
         raise ConfigError(str(error)) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from eejax.options import (
 from eejax.param_tree import leaves
 from eejax.params import SamplingParams
 from eejax.request import FinishReason, PromptLike, RequestOutput
+from eejax.start_up import Step, announce, heard
 from eejax.tokenizer import Message, Tokenizer, chat_prompt, has_tokenizer, load_end_tokens, load_tokenizer
 from eejax.weights import load_checkpoint
 
@@ -116,7 +118,10 @@ class LLM:
         folder = Path(path)
         tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None
         predictor = choose_predictor(options, folder, tokenizer)
+        start = time.perf_counter()
+        announce(Step("weights", program=False))
         model, params = load_checkpoint(folder, dtype=wanted)
+        announce(Step("weights", time.perf_counter() - start, program=False))
         self._build(model, params, tokenizer, load_end_tokens(folder, tokenizer), options, predictor, folder)
 
     @classmethod
@@ -177,7 +182,10 @@ class LLM:
         )
         self.tokenizer = tokenizer
         calibrated = CalibratedThresholds(folder, lambda: leaves(self.engine.runner.params))
+        start, what = time.perf_counter(), "kernels and KV cache"
+        announce(Step(what, program=False))
         self.engine = Engine(self.config, params, tokenizer, eos_ids, predictor=predictor, calibrated=calibrated)
+        announce(Step(what, time.perf_counter() - start, program=False))
         self._news: dict[str, RequestOutput | None] = {}  # of open streams: the latest output that was not passed on
 
     def generate(
@@ -194,7 +202,7 @@ class LLM:
         Args:
             prompts: text or `{"prompt_token_ids": [...]}`, one or a list.
             sampling_params: one for all, or one per prompt; `SamplingParams()` when not given.
-            use_tqdm: show a progress bar on stderr.
+            use_tqdm: show a progress bar on stderr; it also says what is being compiled.
             priority: lower numbers go first, whatever their length; one for all, or one per prompt.
             deadline: seconds from now, one for all or one per prompt. An answer that is unfinished then ends as it is,
                 with the finish reason `deadline`; one whose deadline is past (0 or less) is not begun.
@@ -296,12 +304,17 @@ class LLM:
                     outputs[ids[-1]] = RequestOutput(ids[-1], text, (), (), True, None, error)
             with _progress(use_tqdm) as bar:
                 task = bar.add_task("answering", total=len(items), completed=len(outputs))
+
+                def show(step: Step) -> None:
+                    bar.update(task, description=str(step) if step.seconds is None else "answering")
+
                 mine = set(ids)
-                while mine - outputs.keys():
-                    for output in self._step():
-                        if output.finished and output.request_id in mine:
-                            outputs[output.request_id] = output
-                            bar.update(task, completed=len(outputs))
+                with heard(show):
+                    while mine - outputs.keys():
+                        for output in self._step():
+                            if output.finished and output.request_id in mine:
+                                outputs[output.request_id] = output
+                                bar.update(task, completed=len(outputs))
         finally:
             self._abort_all(request for request in ids if request not in outputs)
         return [outputs[request] for request in ids]

@@ -25,7 +25,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from eejax.config import ModelConfig, RopeScaling
-from pallas_kernels.projection import KVProjection, dot, keys_values, linear, rms_norm, rope
+from pallas_kernels.projection import KVProjection, Norm, gated_linear, keys_values, linear, project, rms_norm, rope
 
 INIT_SCALE = 0.02
 
@@ -60,10 +60,9 @@ class Mlp(nnx.Module):
         self.gate_up = _normal(rngs, 2 * config.intermediate_size, config.hidden_size)
         self.down = _normal(rngs, config.hidden_size, config.intermediate_size)
 
-    def __call__(self, x: Float[Array, "D *N"]) -> Float[Array, "D *N"]:
-        """Apply it to normalised hidden states."""
-        gate, up = jnp.split(linear(self.gate_up[...], x), 2, axis=0)
-        return linear(self.down[...], jax.nn.silu(gate) * up)
+    def __call__(self, x: Float[Array, "D *N"], norm: Norm) -> Float[Array, "D *N"]:
+        """`x` and what the MLP makes of it behind its norm."""
+        return linear(self.down[...], gated_linear(self.gate_up[...], x, norm), residual=x)
 
 
 class Block(nnx.Module):
@@ -85,9 +84,14 @@ class Block(nnx.Module):
         self.mlp_norm = _ones(config.hidden_size)
         self.mlp = Mlp(config, rngs)
 
-    def _queries(self, h: Array, positions: Array, freq: Array) -> Float[Array, "H C *N"]:
+    @property
+    def norm_before_mlp(self) -> Norm:
+        """The norm between attention's residual and the MLP."""
+        return Norm(self.mlp_norm[...], self.config.norm_eps)
+
+    def _queries(self, x: Array, positions: Array, freq: Array) -> Float[Array, "H C *N"]:
         config = self.config
-        q = linear(self.wq[...], h)
+        q = linear(self.wq[...], x, Norm(self.attn_norm[...], config.norm_eps))
         if config.attention_bias:
             q = q + self.bq[...].reshape(-1, *[1] * positions.ndim).astype(q.dtype)
         q = q.reshape(config.n_heads, config.head_dim, *positions.shape)
@@ -126,16 +130,15 @@ class Block(nnx.Module):
         Returns:
             Its output; the residual between attention and MLP, which `mlp` exits read; the cache.
         """
-        h = rms_norm(self.attn_norm[...], x, self.config.norm_eps)
-        mine, all_h = positions, h
+        mine, all_x = positions, x
         if beside is not None and beside.shape[1]:
             mine = positions[: x.shape[1]]
-            all_h = jnp.concatenate([h, rms_norm(self.attn_norm[...], beside, self.config.norm_eps)], axis=1)
-        q = self._queries(h, mine, freq)
-        k, v = keys_values(self.kv_projection, all_h, positions, freq)
+            all_x = jnp.concatenate([x, beside], axis=1)
+        q = self._queries(x, mine, freq)
+        k, v = keys_values(self.kv_projection, all_x, positions, freq)
         o, cache = attend(q, k, v, cache)
-        middle = x + linear(self.wo[...], o.reshape(-1, *mine.shape))
-        out = middle + self.mlp(rms_norm(self.mlp_norm[...], middle, self.config.norm_eps))
+        middle = linear(self.wo[...], o.reshape(-1, *mine.shape), residual=x)
+        out = self.mlp(middle, self.norm_before_mlp)
         return out, middle, cache
 
 
@@ -218,8 +221,7 @@ class EarlyExitTransformer(nnx.Module):
             return rms_norm(self.norm[...], x, eps)
         head = self.exits[f"after_{layer}"]
         if self.config.exits.head == "mlp":
-            block = self.blocks[layer - 1]
-            x = middle + head.mlp(rms_norm(block.mlp_norm[...], middle, eps))
+            x = head.mlp(middle, self.blocks[layer - 1].norm_before_mlp)
         if self.config.exits.head == "block":
             if run_block is None:
                 raise ValueError(f"features of the block exit after block {layer} need run_block")
@@ -245,7 +247,7 @@ class EarlyExitTransformer(nnx.Module):
     def logits(self, layer: int, features: Float[Array, "D *N"]) -> Float[Array, "V *N"]:
         """Float32 logits at exit point `layer`."""
         weight = self.output_matrix(layer)
-        return dot(weight, features.astype(weight.dtype))
+        return project(weight, features)
 
     def exit_features(
         self, tokens: Int[Array, "B T"], dtype: jnp.dtype | None = None, remat: bool = False

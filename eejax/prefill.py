@@ -1,4 +1,8 @@
-"""Prompt tokens into the cache, many at a time, and the first answer token out.
+"""Prompt tokens into the cache, many at a time, and the first answer tokens out.
+
+Tokens of several rows stand one behind another, so that every projection runs once for all of them; attention finds
+each token's row through the page table. So it does not matter whether a row begins here or goes on, from a former chunk
+or from pages that it shares.
 
 The same function restores a preempted sequence: its answer tokens went only so deep, so each token brings the number
 of blocks it ran, and is frozen above, exactly as decoding had done. Prompt tokens run at full depth. No exit is asked
@@ -6,6 +10,8 @@ here, so blocks that exits own only get their K and V.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -15,79 +21,121 @@ from eejax import sampling
 from eejax.config import ModelConfig
 from eejax.decode_state import Rows
 from eejax.exits import token_keys
-from eejax.kv_cache import PagedKVCache, slots_of, write
+from eejax.kv_cache import PagedKVCache, write
 from eejax.kv_fill import Tokens, fill
 from eejax.model import bind
+from eejax.row_subset import RowSubset, each_bucket
 from eejax.sampling import TokenLogprobs
-from pallas_kernels import paged_prefill_attention
+from pallas_kernels import ragged_paged_attention
 from pallas_kernels.control_flow import run_if
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
+class PrefillTokens:
+    """T tokens of R rows, padding behind them.
+
+    Attributes:
+        ids: the tokens.
+        rows: which row each belongs to.
+        positions: theirs; -1 for padding. A row's ascend by one.
+        depths: blocks each token runs; above, its hidden state is frozen.
+        last: where each row's last token stands.
+        wants_token: rows whose first answer token is to be chosen behind it.
+    """
+
+    ids: Int[Array, " T"]
+    rows: Int[Array, " T"]
+    positions: Int[Array, " T"]
+    depths: Int[Array, " T"]
+    last: Int[Array, " R"]
+    wants_token: Bool[Array, " R"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
+class Prefilled:
+    """What prefill found out about R rows, beside their K and V.
+
+    Attributes:
+        tokens: the first answer tokens of rows that want one, anything for others.
+        logprobs: of these, for rows that ask; zeros otherwise.
+        hidden: what the last block put out for each row's last token, before the final norm.
+    """
+
+    tokens: Int[Array, " R"]
+    logprobs: TokenLogprobs
+    hidden: Float[Array, "D R"]
+
+
 def prefill(
-    config: ModelConfig,
-    params: dict,
-    cache: PagedKVCache,
-    rows: Rows,
-    tokens: Int[Array, " T"],
-    depths: Int[Array, " T"],
-    start: Int[Array, ""],
-    length: Int[Array, ""],
-    wants_token: Bool[Array, ""],
-) -> tuple[PagedKVCache, Int[Array, " 1"], TokenLogprobs, Float[Array, " D"]]:
-    """Write K and V of one row's tokens `start .. start + length - 1`, whose predecessors are in the cache already.
+    config: ModelConfig, params: dict, cache: PagedKVCache, rows: Rows, tokens: PrefillTokens
+) -> tuple[PagedKVCache, Prefilled]:
+    """Write K and V of the tokens, whose predecessors are among them or in the cache already.
 
     Args:
         config: static; the model's shape.
         cache: donated.
-        rows: one row (B = 1).
-        tokens: padded behind `length`.
-        depths: blocks each token runs; above, its hidden state is frozen.
-        wants_token: choose the row's first answer token from the last one's logits.
-
-    Returns:
-        The cache; the token (0 unless wanted); its log-probabilities (zeros unless the row asks for them); what the
-        last block put out for the last token, before the final norm.
+        rows: R rows; those behind the ones in use are padding.
     """
     model = bind(config, params)
-    count = tokens.shape[0]
-    valid = jnp.arange(count) < length
-    positions = start + jnp.arange(count)
-    seen = jnp.where(valid, positions, -1)
-    tables = jnp.broadcast_to(rows.page_table, (count, rows.page_table.shape[1]))
-    slots = slots_of(cache, tables, positions, valid)
+    page_table = rows.page_table[tokens.rows]
+    valid = tokens.positions >= 0
+    # Padding stands at position 0 where a position must exist.
+    positions = jnp.maximum(tokens.positions, 0)
     freq = model.frequencies()
-    x = model.embed(tokens)
+    x = model.embed(tokens.ids)
+    slots = Tokens(x, positions, page_table, valid).slots(cache)
     middle = x
     for layer, block in enumerate(model.blocks):
 
         def attend(q: Array, k: Array, v: Array, cache: PagedKVCache, layer: int = layer) -> tuple[Array, PagedKVCache]:
             cache = write(cache, layer, slots, k, v)
-            q, window = jnp.moveaxis(q, -1, 0)[None], config.window_of(layer)
-            o = paged_prefill_attention(
-                q, cache.k, cache.v, rows.page_table, seen[None], layer=layer, sliding_window=window
+            o = ragged_paged_attention(
+                jnp.moveaxis(q, -1, 0),
+                cache.k,
+                cache.v,
+                rows.page_table,
+                tokens.rows,
+                tokens.positions,
+                layer=layer,
+                sliding_window=config.window_of(layer),
             )
-            return jnp.moveaxis(o[0], 0, -1), cache
+            return jnp.moveaxis(o, 0, -1), cache
 
         out, middle, cache = block(x, positions, freq, attend, cache)
-        x = jnp.where(depths > layer, out, x)
-        cache = fill(model, model.exit_blocks(layer + 1), Tokens(x, positions, tables, valid), cache)
+        x = jnp.where(tokens.depths > layer, out, x)
+        cache = fill(model, model.exit_blocks(layer + 1), Tokens(x, positions, page_table, valid), cache)
 
-    last = length - 1
-    x, middle = (jax.lax.dynamic_slice_in_dim(a, last, 1, axis=1) for a in (x, middle))
-    top = jnp.zeros((sampling.MAX_LOGPROBS, 1))
-    no_logprobs = TokenLogprobs(jnp.zeros(1), jnp.zeros(1, jnp.int32), top, top.astype(jnp.int32))
+    x, middle = x[:, tokens.last], middle[:, tokens.last]
+    count = x.shape[1]
+    top = jnp.zeros((sampling.MAX_LOGPROBS, count))
+    nothing = TokenLogprobs(jnp.zeros(count), jnp.zeros(count, jnp.int32), top, top.astype(jnp.int32))
+    found = Prefilled(jnp.zeros(count, jnp.int32), nothing, x)
+    # A prompt by itself does not pay for the head of all rows.
+    for size, fits in each_bucket(tuple(sorted({1, count})), jnp.sum(tokens.wants_token)):
 
-    def choose(_: tuple[Array, TokenLogprobs]) -> tuple[Array, TokenLogprobs]:
-        logits = model.logits(config.n_layers, model.features(config.n_layers, x, middle))
+        def choose(found: Prefilled, size: int = size) -> Prefilled:
+            subset = RowSubset.of(tokens.wants_token, size)
+            wants, some = subset.take(tokens.wants_token), jax.tree.map(subset.take, rows.sampling)
+            logits = model.logits(config.n_layers, model.features(config.n_layers, subset.take(x), subset.take(middle)))
 
-        def draw(_: Array) -> Array:
-            return sampling.sample(logits, rows.sampling, token_keys(rows.exits, jnp.zeros(1, jnp.int32)))
+            def draw(_: Array) -> Array:
+                keys = token_keys(rows.exits.take(subset), jnp.zeros(size, jnp.int32))
+                return sampling.sample(logits, some, keys)
 
-        token = run_if(jnp.any(rows.sampling.temperature > 0), draw, sampling.argmax(logits))
-        report = run_if(
-            jnp.any(rows.sampling.logprobs >= 0), lambda _: sampling.token_logprobs(logits, token), no_logprobs
-        )
-        return token, report
+            chosen = run_if(jnp.any(wants & (some.temperature > 0)), draw, sampling.argmax(logits))
 
-    token, report = run_if(wants_token, choose, (jnp.zeros(1, jnp.int32), no_logprobs))
-    return cache, token, report, x[:, 0]
+            def report(logprobs: TokenLogprobs) -> TokenLogprobs:
+                new = sampling.token_logprobs(logits, chosen)
+                return jax.tree.map(lambda old, leaf: subset.put(old, leaf, wants), logprobs, new)
+
+            asked = jnp.any(wants & (some.logprobs >= 0))
+            return replace(
+                found,
+                tokens=subset.put(found.tokens, chosen, wants),
+                logprobs=run_if(asked, report, found.logprobs),
+            )
+
+        found = run_if(fits, choose, found)
+    return cache, found

@@ -7,19 +7,14 @@ that context length, page use and sampling parameters never compile anything ane
 from __future__ import annotations
 
 import functools
-import os
-from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eejax.buckets import bucket_of, segment_buckets
+from eejax.buckets import Piece, bucket_of, cut_prefill, segment_buckets
 from eejax.config import MIN_PREFILL_BUCKET, EngineConfig
 from eejax.decode import decode_chunk
 from eejax.decode_state import COUNTERS, DecodeState, Plan, Rows
@@ -27,16 +22,19 @@ from eejax.exits import MEASURES, ExitRows
 from eejax.kernels import choose_kernels
 from eejax.kv_cache import init_cache
 from eejax.params import DecayingThreshold
-from eejax.prefill import prefill
+from eejax.prefill import PrefillTokens, prefill
+from eejax.programs import Compiled, ProgramFiles
 from eejax.request import Logprob, MicroBatch, RowResult, Sequence, StepResult
 from eejax.sampling import SamplingRows, TokenLogprobs
 from eejax.scoring import Scores, check_text, score_text
-from eejax.xla_flags import compiler_options
 from pallas_kernels.api import check_page_ids
+from pallas_kernels.native.library import cache_folder
 
 DEFERRED_KV_BYTES = 2**20
 """K and V projections of at least this size are read for several tokens at once where a row is alone. Measured on CPU:
 with 4.5 MiB (llama-125m) that is 7 % quicker, with 0.25 (the demo) 2 % slower."""
+MAX_PREFILL_ROWS = 32
+"""Rows whose tokens are prefilled in one call."""
 MAX_DEVICE_STOP_IDS = 8
 """Stop ids tested on the device. The host tests all of them, so more cost a few wasted steps, not correctness."""
 
@@ -49,49 +47,15 @@ def default_dtype() -> jnp.dtype:
 def use_compilation_cache() -> None:
     """Keep compiled programs on disk, so that a second start compiles nothing.
 
-    In `$EEJAX_CACHE_DIR`, else `$XDG_CACHE_HOME/eejax`, else `~/.cache/eejax`. A cache that the process has configured
-    for JAX already is left as it is; `EEJAX_CACHE_DIR=off` keeps nothing.
+    In `xla` below `pallas_kernels.native.library.cache_folder`. A cache that the process has configured for JAX already
+    is left as it is.
     """
-    wish = os.environ.get("EEJAX_CACHE_DIR")
-    if wish == "off" or jax.config.jax_compilation_cache_dir is not None:
+    base = cache_folder()
+    if base is None or jax.config.jax_compilation_cache_dir is not None:
         return
-    base = Path(wish) if wish else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eejax"
     jax.config.update("jax_compilation_cache_dir", str(base / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-@contextmanager
-def _count_cache_hits() -> Iterator[Callable[[], int]]:
-    """Count programs that come from the compilation cache while the context is open."""
-    hits: list[str] = []
-
-    def listen(event: str, **_: str | int) -> None:
-        if event == "/jax/compilation_cache/cache_hits":
-            hits.append(event)
-
-    jax.monitoring.register_event_listener(listen)
-    try:
-        yield lambda: len(hits)
-    finally:
-        jax.monitoring.unregister_event_listener(listen)
-
-
-@dataclass(slots=True)
-class Compiled:
-    """The runner's programs by kind and bucket, and how many of them XLA had to compile."""
-
-    programs: dict[tuple[str, int], jax.stages.Compiled] = field(default_factory=dict)
-    compilations: int = 0
-
-    def get(self, kind: str, bucket: int, lower: Callable[[], jax.stages.Lowered]) -> jax.stages.Compiled:
-        """The program for `(kind, bucket)`, compiled or fetched from the compilation cache on first use."""
-        key = (kind, bucket)
-        if key not in self.programs:
-            with _count_cache_hits() as hits:
-                self.programs[key] = lower().compile(compiler_options=compiler_options(jax.default_backend()))
-            self.compilations += 0 if hits() else 1
-        return self.programs[key]
 
 
 class Runner:
@@ -106,9 +70,11 @@ class Runner:
         self.config = config
         self.params = params
         dtype = jax.tree.leaves(params)[0].dtype
-        choose_kernels(config.model, config.cache.page_size, dtype)
+        kernels = choose_kernels(config.model, config.cache.page_size, dtype)
+        # Without the kernel, attention gathers pages for every token of several rows: those go one after another.
+        self._prefill_rows = MAX_PREFILL_ROWS if kernels["paged_attention"].implementation == "native" else 1
         self.cache = init_cache(config.model, config.cache, dtype)
-        self._compiled = Compiled()
+        self._compiled = Compiled(ProgramFiles.of(config, params, kernels))
 
     @property
     def compilations(self) -> int:
@@ -162,7 +128,7 @@ class Runner:
             wants_hidden: of fresh prefills, also the last prompt token's hidden state (`RowResult.hidden`), float32.
         """
         if batch.kind == "prefill":
-            return StepResult(rows=tuple(self._prefill(seq, wants_hidden) for seq in batch.rows))
+            return StepResult(rows=self._prefill(batch.rows, wants_hidden))
         return self._decode(batch)
 
     def decode_program(self, bucket: int) -> jax.stages.Compiled:
@@ -180,39 +146,60 @@ class Runner:
 
     def _prefill_program(self, bucket: int) -> jax.stages.Compiled:
         def lower() -> jax.stages.Lowered:
-            tokens = np.zeros(bucket, np.int32)
-            zero = np.int32(0)
+            tokens = self._prefill_tokens((), bucket)
             return jax.jit(functools.partial(prefill, self.config.model), donate_argnums=1).lower(
-                self.params, self.cache, self._rows((), 1), tokens, tokens, zero, zero, np.bool_(False)
+                self.params, self.cache, self._rows((), len(tokens.last)), tokens
             )
 
         return self._compiled.get("prefill", bucket, lower)
 
-    def _prefill(self, seq: Sequence, wants_hidden: bool) -> RowResult:
-        """Positions `num_cached .. prefill_length - 1` of one sequence, in chunks; a fresh one gets its first token."""
-        all_tokens, all_depths = seq.prefill_tokens(self.config.model.n_layers)
-        end, chunk = seq.prefill_length, self.prefill_buckets[-1]
-        rows = self._rows((seq,), 1)
-        fresh = not seq.output_token_ids
-        token, report, hidden = None, None, None
-        for start in range(seq.num_cached, end, chunk):
-            length = min(chunk, end - start)
-            bucket = bucket_of(length, MIN_PREFILL_BUCKET)
-            tokens, depths = np.zeros(bucket, np.int32), np.zeros(bucket, np.int32)
-            tokens[:length] = all_tokens[start : start + length]
-            depths[:length] = all_depths[start : start + length]
-            wants_token = np.bool_(fresh and start + length == end)
-            self.cache, token, report, hidden = self._prefill_program(bucket)(
-                self.params, self.cache, rows, tokens, depths, np.int32(start), np.int32(length), wants_token
-            )
-        if not fresh or token is None or report is None:
-            jax.block_until_ready(self.cache)  # or its time would be taken for the next call's
-            return RowResult((), ())
-        chosen = int(np.asarray(token)[0])
-        wanted = seq.request.params.logprobs
-        logprobs = () if wanted is None else (_logprobs(jax.device_get(report), chosen, 0, wanted),)
-        state = np.asarray(hidden).astype(np.float32) if wants_hidden else None
-        return RowResult((chosen,), (self.config.model.n_layers,), logprobs, state)
+    def _prefill(self, seqs: Seq[Sequence], wants_hidden: bool) -> tuple[RowResult, ...]:
+        """Positions `num_cached .. prefill_length - 1` of each sequence; fresh ones get their first tokens.
+
+        Tokens of all stand one behind another and are cut into chunks, wherever that falls.
+        """
+        results = [RowResult((), ()) for _ in seqs]
+        for pieces in cut_prefill(
+            [(seq.num_cached, seq.prefill_length) for seq in seqs], self.prefill_buckets[-1], self._prefill_rows
+        ):
+            bucket = bucket_of(sum(piece.length for piece in pieces), MIN_PREFILL_BUCKET)
+            mine = [(seqs[piece.row], piece) for piece in pieces]
+            tokens = self._prefill_tokens(mine, bucket)
+            rows = self._rows([seq for seq, _ in mine], len(tokens.last))
+            self.cache, found = self._prefill_program(bucket)(self.params, self.cache, rows, tokens)
+            wants = np.flatnonzero(tokens.wants_token).tolist()
+            if not wants:
+                continue
+            chosen = np.asarray(found.tokens)
+            asks = any(mine[row][0].request.params.logprobs is not None for row in wants)
+            report = jax.device_get(found.logprobs) if asks else None
+            hidden = np.asarray(found.hidden).astype(np.float32) if wants_hidden else None
+            for row in wants:
+                (seq, piece), token = mine[row], int(chosen[row])
+                wanted = seq.request.params.logprobs
+                logprobs = () if wanted is None or report is None else (_logprobs(report, token, row, wanted),)
+                state = None if hidden is None else hidden[:, row]
+                results[piece.row] = RowResult((token,), (self.config.model.n_layers,), logprobs, state)
+        jax.block_until_ready(self.cache)  # or its time would be taken for the next call's
+        return tuple(results)
+
+    def _prefill_tokens(self, pieces: Seq[tuple[Sequence, Piece]], bucket: int) -> PrefillTokens:
+        """Tokens of some pieces, as many rows as a call of `bucket` tokens may have."""
+        count = min(self._prefill_rows, bucket)
+        ids, rows, depths = np.zeros((3, bucket), np.int32)
+        positions = np.full(bucket, -1, np.int32)
+        last, wants_token = np.zeros(count, np.int32), np.zeros(count, bool)
+        end = 0
+        for row, (seq, piece) in enumerate(pieces):
+            begin, end = end, end + piece.length
+            here = slice(begin, end)
+            of_seq = slice(piece.start, piece.start + piece.length)
+            all_ids, all_depths = seq.prefill_tokens(self.config.model.n_layers)
+            ids[here], depths[here] = all_ids[of_seq], all_depths[of_seq]
+            rows[here], positions[here] = row, np.arange(of_seq.start, of_seq.stop)
+            last[row] = end - 1
+            wants_token[row] = not seq.output_token_ids and of_seq.stop == seq.prefill_length
+        return PrefillTokens(*map(_host, (ids, rows, positions, depths, last, wants_token)))
 
     def _decode(self, batch: MicroBatch) -> StepResult:
         count, height = len(batch.rows), self.config.scheduler.max_chunk_steps

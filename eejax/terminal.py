@@ -16,6 +16,7 @@ from rich.console import Console
 from eejax.errors import ConfigError, EejaxError, InvalidRequestError
 from eejax.params import SamplingParams
 from eejax.request import CompletionOutput, PromptLike, RequestOutput
+from eejax.start_up import Step, begun, describe, heard
 
 if TYPE_CHECKING:
     from eejax.llm import LLM
@@ -45,7 +46,9 @@ def answer_together(
 ) -> bool:
     """Answer all prompts together and print them in order. Returns whether all could be served."""
     start = time.perf_counter()
-    outputs = llm.generate(prompts, params, use_tqdm=len(prompts) > 1 and sys.stderr.isatty())
+    steps: list[Step] = []
+    with heard(steps.append):
+        outputs = llm.generate(prompts, params, use_tqdm=sys.stderr.isatty())
     seconds = time.perf_counter() - start
     several = len(prompts) > 1
     for number, (text, output) in enumerate(zip(texts, outputs, strict=True), start=1):
@@ -59,7 +62,8 @@ def answer_together(
         if output.error is not None:
             print_error(output.error, f"prompt {number}: " if several else "")
     answers = [answer for output in outputs for answer in output.outputs]
-    print_summary(llm, [layer for answer in answers for layer in answer.exit_layers[1:]], len(answers), seconds)
+    layers = [layer for answer in answers for layer in answer.exit_layers[1:]]
+    print_summary(llm, layers, len(answers), seconds, steps)
     return all(output.error is None for output in outputs)
 
 
@@ -68,6 +72,7 @@ def answer_one_by_one(
 ) -> bool:
     """Answer one prompt after the other, printing what is new. Returns whether all could be served."""
     start = time.perf_counter()
+    steps: list[Step] = []
     layers: list[int] = []
     served = 0
     several = len(prompts) > 1
@@ -80,7 +85,7 @@ def answer_one_by_one(
         if several and not as_json:
             print(f"--- prompt {number}")
         seen: list[int] = []
-        for delta in deltas:
+        for delta in begun(deltas, lambda: llm.engine.runner.decode_program(1), steps):
             seen += delta.exit_layers
             if as_json:
                 print(json.dumps({"prompt": text, **dataclasses.asdict(delta)}, ensure_ascii=False), flush=True)
@@ -90,7 +95,7 @@ def answer_one_by_one(
             print()
         layers += seen[1:]
         served += 1
-    print_summary(llm, layers, served, time.perf_counter() - start)
+    print_summary(llm, layers, served, time.perf_counter() - start, steps)
     return served == len(prompts)
 
 
@@ -116,16 +121,18 @@ def _answer_mapping(answer: CompletionOutput) -> dict[str, Any]:
     return found
 
 
-def print_summary(llm: LLM, layers: Sequence[int], answers: int, seconds: float) -> None:
-    """Say on stderr how many tokens came and how deep decoding went.
+def print_summary(llm: LLM, layers: Sequence[int], answers: int, seconds: float, steps: Sequence[Step]) -> None:
+    """Say on stderr how many tokens came, what programs took of that time, and how deep decoding went.
 
     Args:
         layers: exit layers of all tokens but each answer's first, which comes from prefill.
+        steps: of starting up that fell into `seconds`.
     """
     if not answers:
         return
     tokens, depth = len(layers) + answers, llm.config.model.n_layers
-    text = f"{tokens} tokens in {seconds:.2f} s (compilation and prefill included)"
+    text = f"{tokens} tokens in {seconds:.2f} s with prefill"
+    text += f", of it {describe(steps)}" if steps else ""
     if layers:
         mean = sum(layers) / len(layers)
         text += f"; {mean:.2f} of {depth} blocks a decoded token, {1 - mean / depth:.0%} skipped"

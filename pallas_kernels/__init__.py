@@ -1,6 +1,6 @@
 """Paged attention and KV fill-in. Imports jax only; `pallas_kernels.api` is the way in."""
 
-from pallas_kernels.api import kv_fill, paged_attention, paged_prefill_attention
+from pallas_kernels.api import kv_fill, paged_attention, ragged_paged_attention
 from pallas_kernels.projection import KVProjection
 
-__all__ = ["KVProjection", "kv_fill", "paged_attention", "paged_prefill_attention"]
+__all__ = ["KVProjection", "kv_fill", "paged_attention", "ragged_paged_attention"]

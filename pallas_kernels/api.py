@@ -3,7 +3,7 @@
 Shapes use the alphabet of `eejax.model`: B rows, T tokens of a row, N tokens of any rows, D hidden size, H query heads,
 K key/value heads, C head dimension, L blocks, P pages, S slots of a page; M is the width of a page table.
 
-`implementation` is `mosaic` (kernels for Hopper GPUs), `xla` (every other device) or `auto`, see
+`implementation` is `mosaic` (kernels for Hopper GPUs), `native` (kernels for CPUs), `xla` (every device) or `auto`, see
 `pallas_kernels.implementation.resolve`. All compute the same up to rounding.
 """
 
@@ -16,7 +16,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import reference
-from pallas_kernels.implementation import Implementation, resolve
+from pallas_kernels.implementation import Implementation, Refusals, resolve
+from pallas_kernels.native import ops as native
 from pallas_kernels.projection import KVProjection
 
 
@@ -58,48 +59,62 @@ def paged_attention(
             raise ValueError(f"active must be bool{list(rows)}, got {active.dtype}{list(active.shape)}")
         lengths = jnp.where(active, lengths, jnp.zeros((), lengths.dtype))
     options = {"layer": layer, "scale": scale, "sliding_window": sliding_window}
-    if resolve(implementation, lambda: paged_attention_refusal(q, k_pages)) == "mosaic":
+    chosen = resolve(implementation, paged_attention_refusals(q, k_pages))
+    if chosen == "mosaic":
         from pallas_kernels.mosaic import paged_attention as mosaic
 
         return mosaic.paged_attention(q, k_pages, v_pages, page_table, lengths, **options)
+    if chosen == "native":
+        return native.attention(q, k_pages, v_pages, page_table, jnp.arange(rows[0]), lengths - 1, **options)
     return reference.paged_attention(q, k_pages, v_pages, page_table, lengths, **options)
 
 
-def paged_attention_refusal(q: Float[Array, "B H C"], k_pages: Float[Array, "L P K S C"]) -> str | None:
-    """Why the kernel does not take a call of `paged_attention`; None if it does. Shapes and dtypes are enough."""
-    from pallas_kernels.mosaic import paged_attention as mosaic
+def paged_attention_refusals(q: Float[Array, "B H C"], k_pages: Float[Array, "L P K S C"]) -> Refusals:
+    """Why kernels do not take a call of `paged_attention`. Shapes and dtypes are enough."""
 
-    return mosaic.refusal(q, k_pages)
+    def by_mosaic() -> str | None:
+        from pallas_kernels.mosaic import paged_attention as mosaic
+
+        return mosaic.refusal(q, k_pages)
+
+    return {"mosaic": by_mosaic, "native": lambda: native.attention_refusal(q, k_pages)}
 
 
-def paged_prefill_attention(
-    q: Float[Array, "B T H C"],
+def ragged_paged_attention(
+    q: Float[Array, "N H C"],
     k_pages: Float[Array, "L P K S C"],
     v_pages: Float[Array, "L P K S C"],
-    page_table: Int[Array, "B M"],
-    positions: Int[Array, "B T"],
+    page_table: Int[Array, "R M"],
+    rows: Int[Array, " N"],
+    positions: Int[Array, " N"],
     *,
     layer: int,
     scale: float | None = None,
     sliding_window: int | None = None,
-) -> Float[Array, "B T H C"]:
-    """Causal attention of several queries per row: each sees the row's tokens up to its own position.
+    implementation: Implementation = "auto",
+) -> Float[Array, "N H C"]:
+    """Causal attention of N tokens of R rows: each sees its row's tokens up to its own position.
 
-    XLA computes it everywhere.
+    A token at position -1 (padding) reads nothing and yields zeros. On a GPU XLA computes it: quickly for one row, by
+    gathering the pages of every token by itself for several.
 
-    With a `sliding_window` it sees the last so many of them: a query at position p sees `p - sliding_window < s <= p`.
-    A query at position -1 (padding) reads nothing and yields zeros.
+    Args:
+        rows: each token's row of the page table; fastest where tokens of a row lie together.
+        scale, sliding_window: as in `paged_attention`: a token at position p sees `p - sliding_window < s <= p`.
 
     Raises:
-        ValueError: shapes or dtypes do not fit together, or `sliding_window` is below 1; the message names the
-            argument.
+        ValueError: as `paged_attention`.
     """
-    _check(q, 4, k_pages, v_pages, page_table, positions, layer, sliding_window)
-    if positions.shape != q.shape[:2]:
-        raise ValueError(f"positions must be {list(q.shape[:2])}, one per query, got {list(positions.shape)}")
-    return reference.paged_prefill_attention(
-        q, k_pages, v_pages, page_table, positions, layer=layer, scale=scale, sliding_window=sliding_window
-    )
+    _check(q, 3, k_pages, v_pages, page_table, positions, layer, sliding_window, per_row=False)
+    _check_integers(rows=rows)
+    for name, array in (("rows", rows), ("positions", positions)):
+        if array.shape != q.shape[:1]:
+            raise ValueError(f"{name} must be {list(q.shape[:1])}, one per token of q, got {list(array.shape)}")
+    options = {"layer": layer, "scale": scale, "sliding_window": sliding_window}
+    arguments = (q, k_pages, v_pages, page_table, rows, positions)
+    if resolve(implementation, {"native": lambda: native.attention_refusal(q, k_pages)}) == "native":
+        return native.attention(*arguments, **options)
+    return reference.ragged_paged_attention(*arguments, **options)
 
 
 def kv_fill(
@@ -143,20 +158,27 @@ def kv_fill(
     if not blocks:
         return k_pages, v_pages
     arguments = (x, blocks, k_pages, v_pages, page_table, positions, from_block)
-    if resolve(implementation, lambda: kv_fill_refusal(x, blocks, k_pages)) == "mosaic":
+    if resolve(implementation, kv_fill_refusals(x, blocks, k_pages)) == "mosaic":
         from pallas_kernels.mosaic import kv_fill as mosaic
 
         return mosaic.kv_fill(*arguments, layers=layers, freq=freq)
     return reference.kv_fill(*arguments, layers=layers, freq=freq, starts=starts)
 
 
-def kv_fill_refusal(
+def kv_fill_refusals(
     x: Float[Array, "D N"], blocks: Sequence[KVProjection], k_pages: Float[Array, "L P K S C"]
-) -> str | None:
-    """Why the kernel does not take a call of `kv_fill`; None if it does. Shapes and dtypes are enough."""
-    from pallas_kernels.mosaic import kv_fill as mosaic
+) -> Refusals:
+    """Why kernels do not take a call of `kv_fill`. Shapes and dtypes are enough.
 
-    return mosaic.refusal(x, blocks, k_pages)
+    `native` is the specification over products that the native kernel computes.
+    """
+
+    def by_mosaic() -> str | None:
+        from pallas_kernels.mosaic import kv_fill as mosaic
+
+        return mosaic.refusal(x, blocks, k_pages)
+
+    return {"mosaic": by_mosaic, "native": lambda: native.linear_refusal(blocks[0].wkv, x)}
 
 
 def check_page_ids(page_table: np.ndarray, num_pages: int) -> None:
@@ -182,6 +204,7 @@ def _check(
     visible: Array,
     layer: int,
     sliding_window: int | None,
+    per_row: bool = True,
 ) -> None:
     if q.ndim != rank:
         raise ValueError(f"q must have {rank} dimensions, got {list(q.shape)}")
@@ -193,8 +216,9 @@ def _check(
             f"q has {q.shape[-2]} heads of {q.shape[-1]}, the pages {kv_heads} of {dim}: the head dimension must be "
             "equal and the query heads a multiple"
         )
-    if page_table.ndim != 2 or page_table.shape[0] != q.shape[0]:
-        raise ValueError(f"page_table must be [{q.shape[0]}, M], one row per row of q, got {list(page_table.shape)}")
+    if page_table.ndim != 2 or (per_row and page_table.shape[0] != q.shape[0]):
+        rows = q.shape[0] if per_row else "R"
+        raise ValueError(f"page_table must be [{rows}, M], one row per row of q, got {list(page_table.shape)}")
     if not 0 <= layer < layers:
         raise ValueError(f"layer must lie in 0..{layers - 1}, got {layer}")
     if sliding_window is not None and sliding_window < 1:

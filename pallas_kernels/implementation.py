@@ -1,23 +1,28 @@
-"""Which implementation runs: `mosaic`, the kernels for Hopper GPUs, or `xla`, the specification, on everything else."""
+"""Which implementation runs: `mosaic` on Hopper GPUs, `native` on CPUs, `xla`, the specification, everywhere else."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal, get_args
 
 import jax
 
-type Implementation = Literal["auto", "mosaic", "xla"]
+type Implementation = Literal["auto", "mosaic", "native", "xla"]
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation.__value__)
 VARIABLE = "EEJAX_KERNELS"
 """Environment variable that decides where the caller leaves it at `auto`; read when a program is traced."""
 
+type Refusals = Mapping[str, Callable[[], str | None]]
+"""For each implementation but `xla` that an operation has: says why it does not take the arguments; None if it does."""
 
-def device_refusal() -> str | None:
-    """Why the kernels cannot run on the device that JAX computes on by default; None where they can."""
+
+def device_refusal(implementation: str) -> str | None:
+    """Why kernels cannot run on the device that JAX computes on by default; None where they can."""
     device = jax.config.jax_default_device or jax.local_devices()[0]
     platform = device if isinstance(device, str) else device.platform
+    if implementation == "native":
+        return None if platform == "cpu" else f"they are for CPUs, and the device is a {platform}"
     if platform not in ("gpu", "cuda"):
         return f"they are for NVIDIA's Hopper GPUs, and the device is a {platform}"
     capability = str(getattr(device, "compute_capability", "unknown"))
@@ -26,27 +31,36 @@ def device_refusal() -> str | None:
     return None
 
 
-def resolve(implementation: str, refusal: Callable[[], str | None]) -> Literal["mosaic", "xla"]:
+def resolve(implementation: str, refusals: Refusals) -> str:
     """The implementation to run.
 
     Args:
-        implementation: as the caller wants it. `auto` is what `EEJAX_KERNELS` says; without that, `mosaic` where the
-            device has it and the kernel takes the arguments. `mosaic` runs there or raises, whatever the device:
-            a program may be lowered for another one, or interpreted.
-        refusal: says why the kernel does not take the arguments; None if it does.
+        implementation: as the caller wants it. `auto` is what `EEJAX_KERNELS` says; without that, kernels where the
+            device has them and they take the arguments. A kernel that is named runs there or raises, whatever the
+            device: a program may be lowered for another one, or interpreted. The variable speaks of all operations,
+            so one that has no such kernel runs on XLA then.
 
     Raises:
-        ValueError: an unknown name, here or in the variable; or `mosaic` was asked for and refuses the arguments.
+        ValueError: an unknown name, here or in the variable; or a kernel was asked for that refuses the arguments or,
+            by the caller, that does not exist.
     """
-    source = "implementation"
-    if implementation == "auto":
-        source, implementation = VARIABLE, os.environ.get(VARIABLE) or "auto"
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"{source} must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
-    if implementation == "auto":
-        return "xla" if device_refusal() or refusal() else "mosaic"
-    if implementation == "xla":
-        return "xla"
-    if why := refusal():
-        raise ValueError(f"{source} is 'mosaic', but the kernel does not take these arguments: {why}")
-    return "mosaic"
+    source, name = "implementation", _known("implementation", implementation)
+    if name == "auto":
+        source, name = VARIABLE, _known(VARIABLE, os.environ.get(VARIABLE) or "auto")
+        if name not in refusals and name != "auto":
+            return "xla"
+    if name == "auto":
+        return next((name for name, why in refusals.items() if not (device_refusal(name) or why())), "xla")
+    if name == "xla":
+        return name
+    if name not in refusals:
+        raise ValueError(f"{source} is {name!r}, but there is no such kernel for this: only {', '.join(refusals)}")
+    if why := refusals[name]():
+        raise ValueError(f"{source} is {name!r}, but the kernel does not take these arguments: {why}")
+    return name
+
+
+def _known(source: str, name: str) -> str:
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"{source} must be one of {', '.join(IMPLEMENTATIONS)}, got {name!r}")
+    return name

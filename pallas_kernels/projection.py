@@ -5,12 +5,19 @@ Plain functions over feature-major activations `[D, *N]` and weights `[out, in]`
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
+
+from pallas_kernels.implementation import resolve
+from pallas_kernels.native import ops as native
 
 
 @jax.tree_util.register_dataclass
@@ -34,22 +41,33 @@ class KVProjection:
 
 
 def dot(a: Float[Array, "o i"], b: Float[Array, "i *N"]) -> Float[Array, "o *N"]:
-    """`a @ b`, summed in float32 and returned so."""
+    """`a @ b` by XLA, summed in float32 and returned so."""
     return jax.lax.dot_general(a, b, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
 
+def _flat(x: Float[Array, "i *N"]) -> Float[Array, "i N"]:
+    return x.reshape(x.shape[0], math.prod(x.shape[1:]))
+
+
+def _product(weight: Float[Array, "o i"], x: Float[Array, "i *N"]) -> Float[Array, "o *N"]:
+    """`dot`, by a kernel where one takes it."""
+    if resolve("auto", {"native": lambda: native.linear_refusal(weight, x)}) == "native":
+        return native.linear(weight, _flat(x)).reshape(weight.shape[0], *x.shape[1:])
+    return dot(weight, x)
+
+
 @jax.custom_vjp
-def linear(weight: Float[Array, "o i"], x: Float[Array, "i *N"]) -> Float[Array, "o *N"]:
-    """`weight @ x`, multiplied in the weight's dtype, summed in float32, returned in `x`'s dtype."""
-    return dot(weight, x.astype(weight.dtype)).astype(x.dtype)
+def project(weight: Float[Array, "o i"], x: Float[Array, "i *N"]) -> Float[Array, "o *N"]:
+    """`weight @ x`, multiplied in the weight's dtype, summed in float32 and returned so."""
+    return _product(weight, x.astype(weight.dtype))
 
 
-def _linear_forward(weight: Array, x: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+def _project_forward(weight: Array, x: Array) -> tuple[Array, tuple[Array, Array, Array]]:
     low = x.astype(weight.dtype)
-    return dot(weight, low).astype(x.dtype), (weight, low, jnp.zeros((0,), x.dtype))
+    return _product(weight, low), (weight, low, jnp.zeros((0,), x.dtype))
 
 
-def _linear_backward(saved: tuple[Array, Array, Array], dy: Array) -> tuple[Array, Array]:
+def _project_backward(saved: tuple[Array, Array, Array], dy: Array) -> tuple[Array, Array]:
     # XLA:CPU multiplies six times slower when the left operand is read by columns, so W is turned round beforehand:
     # the layout makes that a real transpose instead of a column-major view.
     weight, low, like = saved
@@ -60,7 +78,66 @@ def _linear_backward(saved: tuple[Array, Array, Array], dy: Array) -> tuple[Arra
     return dw.astype(weight.dtype), dot(turned, dy).astype(like.dtype)
 
 
-linear.defvjp(_linear_forward, _linear_backward)
+project.defvjp(_project_forward, _project_backward)
+
+
+class Norm(NamedTuple):
+    """RMS norm over the hidden size that stands before a projection."""
+
+    weight: Float[Array, " D"]
+    eps: float
+
+
+def linear(
+    weight: Float[Array, "o i"],
+    x: Float[Array, "i *N"],
+    norm: Norm | None = None,
+    residual: Float[Array, "o *N"] | None = None,
+) -> Float[Array, "o *N"]:
+    """`residual + weight @ norm(x)` in `x`'s dtype; the product in the weight's dtype, summed in float32."""
+    return _linear(norm and norm.eps, False, weight, x, norm and norm.weight, residual)
+
+
+def gated_linear(
+    weight: Float[Array, "2*o i"], x: Float[Array, "i *N"], norm: Norm | None = None
+) -> Float[Array, "o *N"]:
+    """SwiGLU before its second matrix (arXiv 2002.05202): `silu(upper @ norm(x)) * (lower @ norm(x))`."""
+    return _linear(norm and norm.eps, True, weight, x, norm and norm.weight, None)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _linear(
+    eps: float | None, gated: bool, weight: Array, x: Array, norm: Array | None, residual: Array | None
+) -> Array:
+    if resolve("auto", {"native": lambda: native.linear_refusal(weight, x, norm, residual)}) != "native":
+        return _linear_by_parts(eps, gated, weight, x, norm, residual)
+    y = native.linear(weight, _flat(x), norm, eps or 0.0, None if residual is None else _flat(residual), gated)
+    return y.reshape(y.shape[0], *x.shape[1:])
+
+
+def _linear_by_parts(
+    eps: float | None, gated: bool, weight: Array, x: Array, norm: Array | None, residual: Array | None
+) -> Array:
+    """The specification."""
+    h = x if norm is None or eps is None else rms_norm(norm, x, eps)
+    y = project(weight, h).astype(x.dtype)
+    if gated:
+        gate, up = jnp.split(y, 2, axis=0)
+        y = jax.nn.silu(gate) * up
+    return y if residual is None else residual + y
+
+
+def _linear_forward(
+    eps: float | None, gated: bool, weight: Array, x: Array, norm: Array | None, residual: Array | None
+) -> tuple[Array, Callable]:
+    return jax.vjp(functools.partial(_linear_by_parts, eps, gated), weight, x, norm, residual)
+
+
+def _linear_backward(eps: float | None, gated: bool, back: Callable, dy: Array) -> tuple:
+    return back(dy)
+
+
+_linear.defvjp(_linear_forward, _linear_backward)
 
 
 def rms_norm(weight: Float[Array, " D"], x: Float[Array, "D *N"], eps: float, axis: int = 0) -> Float[Array, "D *N"]:
@@ -75,26 +152,20 @@ def rms_norm(weight: Float[Array, " D"], x: Float[Array, "D *N"], eps: float, ax
 def rope(x: Float[Array, "heads C *N"], positions: Int[Array, "*N"], freq: Float[Array, " C/2"]) -> Array:
     """Rotate the two halves of `C` by `positions * freq` (rotary embedding, arXiv 2104.09864), in float32."""
     angle = freq.reshape(-1, *[1] * positions.ndim) * positions.astype(jnp.float32)
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    # Kept apart: XLA would put them into every loop that reads them, and compute them for every head and block anew.
+    cos, sin = jax.lax.optimization_barrier((jnp.cos(angle), jnp.sin(angle)))
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=1).astype(x.dtype)
 
 
 def keys_values(
-    projection: KVProjection, h: Float[Array, "D *N"], positions: Int[Array, "*N"], freq: Float[Array, " C/2"]
+    projection: KVProjection, x: Float[Array, "D *N"], positions: Int[Array, "*N"], freq: Float[Array, " C/2"]
 ) -> tuple[Float[Array, "K C *N"], Float[Array, "K C *N"]]:
-    """K and V of states that the block's norm has seen already."""
-    kv = linear(projection.wkv, h)
+    """K and V of hidden states, all that KV fill-in needs (CALM, arXiv 2207.07061, sec. 3.1)."""
+    kv = linear(projection.wkv, x, Norm(projection.norm, projection.eps))
     if projection.bkv is not None:
         kv = kv + projection.bkv.reshape(-1, *[1] * positions.ndim).astype(kv.dtype)
     k, v = kv.reshape(2, -1, 2 * freq.shape[0], *positions.shape)
     if projection.k_norm is not None:
         k = rms_norm(projection.k_norm, k, projection.eps, axis=1)
     return rope(k, positions, freq), v
-
-
-def normed_keys_values(
-    projection: KVProjection, x: Float[Array, "D *N"], positions: Int[Array, "*N"], freq: Float[Array, " C/2"]
-) -> tuple[Float[Array, "K C *N"], Float[Array, "K C *N"]]:
-    """K and V of hidden states, all that KV fill-in needs (CALM, arXiv 2207.07061, sec. 3.1)."""
-    return keys_values(projection, rms_norm(projection.norm, x, projection.eps), positions, freq)

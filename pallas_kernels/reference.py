@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.control_flow import run_if
 from pallas_kernels.pages import slots_of, write
-from pallas_kernels.projection import KVProjection, normed_keys_values
+from pallas_kernels.projection import KVProjection, keys_values
 
 MASKED = -1e30
 """Score of a slot that must not be seen. Finite, so that a row without any visible slot stays free of NaN."""
@@ -57,7 +57,7 @@ def paged_prefill_attention(
     scale: float | None = None,
     sliding_window: int | None = None,
 ) -> Float[Array, "B T H C"]:
-    """See `pallas_kernels.api.paged_prefill_attention`."""
+    """Several queries a row: each sees its row's tokens up to its own position; one at position -1 reads nothing."""
     rows, length, heads, dim = q.shape
     kv_heads, page_size = k_pages.shape[2:4]
     grouped = q.reshape(rows, length, kv_heads, heads // kv_heads, dim)
@@ -109,6 +109,25 @@ def paged_prefill_attention(
     return jnp.moveaxis(out, 3, 1).reshape(rows, length, heads, dim).astype(q.dtype)
 
 
+def ragged_paged_attention(
+    q: Float[Array, "N H C"],
+    k_pages: Float[Array, "L P K S C"],
+    v_pages: Float[Array, "L P K S C"],
+    page_table: Int[Array, "R M"],
+    rows: Int[Array, " N"],
+    positions: Int[Array, " N"],
+    *,
+    layer: int,
+    scale: float | None = None,
+    sliding_window: int | None = None,
+) -> Float[Array, "N H C"]:
+    """See `pallas_kernels.api.ragged_paged_attention`."""
+    options = {"layer": layer, "scale": scale, "sliding_window": sliding_window}
+    if page_table.shape[0] == 1:
+        return paged_prefill_attention(q[None], k_pages, v_pages, page_table, positions[None], **options)[0]
+    return paged_attention(q, k_pages, v_pages, page_table[rows], positions + 1, **options)
+
+
 def kv_fill(
     x: Float[Array, "D N"],
     blocks: Sequence[KVProjection],
@@ -133,7 +152,7 @@ def kv_fill(
         ) -> tuple[Array, Array]:
             where = slots.only(lacks, k_pages.shape[1])
             for block, layer in zip(blocks[run], layers[run], strict=True):
-                k, v = normed_keys_values(block, x, positions, freq)
+                k, v = keys_values(block, x, positions, freq)
                 pages = write(pages[0], layer, where, k), write(pages[1], layer, where, v)
             return pages
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -233,6 +235,30 @@ def test_processes_that_fail_say_why(tmp_path: Path) -> None:
         run_process([sys.executable, "-c", "import time; time.sleep(60)"], log, 0.05, {})
     with pytest.raises(EngineFailedError, match="no/such"):
         run_process(["no/such/python"], log, 60, {})
+
+
+PARENT = """
+import sys
+from pathlib import Path
+from bench.peer_engines import run_process
+
+script = "sh -c 'echo begun; sleep 10; echo survived' > $PIPE & wait"
+run_process(["sh", "-c", script], Path("log"), 60, {"PIPE": sys.argv[1]})
+"""
+
+
+def test_sigterm_ends_the_engine_and_what_it_started(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    paths = os.pathsep.join(path for path in sys.path if path)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, pipe], cwd=tmp_path, env=os.environ | {"PYTHONPATH": paths}
+    )
+    with pipe.open() as news:
+        assert news.readline() == "begun\n"
+        parent.send_signal(signal.SIGTERM)
+        assert parent.wait(60) == 128 + signal.SIGTERM
+        assert news.read() == ""  # ends with the last process that holds the pipe
 
 
 def fake(tmp_path: Path, missing: int) -> Engine:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -116,9 +118,18 @@ def test_answers_are_those_of_the_library(checkpoint: Path, llm: LLM) -> None:
     assert tuple(one["exit_layers"]) == output.outputs[0].exit_layers
     assert len(set(one["exit_layers"])) > 1
     assert one["finish_reason"] == output.outputs[0].finish_reason
-    plain = run("generate", checkpoint, PROMPT, "--max-tokens", 12, "--threshold", 0.5)
+    plain = run("generate", checkpoint, PROMPT, "--max-tokens", 12, "--threshold", 0.5, "--max-num-seqs", 2)
     assert plain.stdout == output.outputs[0].text + "\n"
-    assert f"{len(one['token_ids'])} tokens" in plain.stderr
+    [summary] = plain.stderr.splitlines()
+    assert f"{len(one['token_ids'])} tokens" in summary
+    assert re.search(r"programs \d+\.\d s \(0 compiled, 2 from the cache\)", summary)  # as before
+
+
+def test_a_terminal_is_told_what_loading_took(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "Console", functools.partial(Console, force_terminal=True))
+    result = run("generate", checkpoint, PROMPT, "--max-tokens", 1, "--max-num-seqs", 2)
+    assert re.search(r"loaded in \d+\.\d s: weights \d+\.\d s, kernels and KV cache \d+\.\d s", result.stderr)
+    assert len(result.stdout.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -323,8 +334,8 @@ def test_info(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused(run("info", checkpoint, "--dtype", "int4"), "int4")
     refused(run("info", checkpoint, "--page-size", "0"), "page_size")
     monkeypatch.setenv("EEJAX_KERNELS", "cuda")
-    refused(run("info", checkpoint), "EEJAX_KERNELS", "auto, mosaic, xla", "'cuda'")
-    refused(run("generate", checkpoint, PROMPT), "EEJAX_KERNELS", "auto, mosaic, xla", "'cuda'")
+    refused(run("info", checkpoint), "EEJAX_KERNELS", "auto, mosaic, native, xla", "'cuda'")
+    refused(run("generate", checkpoint, PROMPT), "EEJAX_KERNELS", "auto, mosaic, native, xla", "'cuda'")
 
 
 def completion(*tokens: int) -> CompletionOutput:

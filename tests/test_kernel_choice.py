@@ -17,8 +17,9 @@ from eejax.kernels import choose_kernels
 from eejax.runner import Runner
 from pallas_kernels import KVProjection, implementation
 from pallas_kernels.api import check_page_ids
-from pallas_kernels.implementation import VARIABLE, device_refusal, resolve
+from pallas_kernels.implementation import VARIABLE, Refusals, device_refusal, resolve
 from tests.cases import random_model
+from tests.native_env import needs_native
 
 
 @pytest.fixture(autouse=True)
@@ -33,48 +34,91 @@ def on_device(monkeypatch, platform: str, capability: str | None = None) -> None
 
 # ------------------------------------------------------------------------------------------------------------- resolve
 
+BOTH = {"mosaic": lambda: None, "native": lambda: None}
+
+
+def refusing(name: str, why: str = "head dimension 80") -> Refusals:
+    return BOTH | {name: lambda: why}
+
 
 @pytest.mark.parametrize(
     ("platform", "capability", "runs", "why"),
     [
-        ("gpu", "9.0", "mosaic", None),
-        ("gpu", "8.0", "xla", "8.0"),
-        ("gpu", "10.0", "xla", "10.0"),
-        ("cpu", None, "xla", "cpu"),
-        ("tpu", None, "xla", "tpu"),
+        ("gpu", "9.0", "mosaic", {"native": "gpu"}),
+        ("gpu", "8.0", "xla", {"mosaic": "8.0", "native": "gpu"}),
+        ("gpu", "10.0", "xla", {"mosaic": "10.0", "native": "gpu"}),
+        ("cpu", None, "native", {"mosaic": "cpu"}),
+        ("tpu", None, "xla", {"mosaic": "tpu", "native": "tpu"}),
     ],
 )
-def test_auto_takes_mosaic_on_hopper_alone(monkeypatch, platform, capability, runs, why):
+def test_auto_takes_the_kernel_of_the_device(monkeypatch, platform, capability, runs, why):
     on_device(monkeypatch, platform, capability)
-    assert resolve("auto", lambda: None) == runs
-    refusal = device_refusal()
-    assert refusal is None if why is None else why in refusal
+    assert resolve("auto", BOTH) == runs
+    for name in BOTH:
+        refusal = device_refusal(name)
+        assert refusal is None if name not in why else why[name] in refusal
 
 
-def test_a_kernel_that_refuses_gives_way(monkeypatch):
+def test_the_default_device_decides_and_may_be_a_name(monkeypatch):
     on_device(monkeypatch, "gpu", "9.0")
-    assert resolve("auto", lambda: "head dimension 80") == "xla"
-    with pytest.raises(ValueError, match=r"implementation is 'mosaic'.*head dimension 80"):
-        resolve("mosaic", lambda: "head dimension 80")
+    with jax.default_device("cpu"):
+        assert resolve("auto", BOTH) == "native"
 
 
-@pytest.mark.parametrize("wish", ["xla", "mosaic"])
+@pytest.mark.parametrize(("name", "device"), [("mosaic", ("gpu", "9.0")), ("native", ("cpu", None))])
+def test_a_kernel_that_refuses_gives_way(monkeypatch, name, device):
+    on_device(monkeypatch, *device)
+    assert resolve("auto", refusing(name)) == "xla"
+    with pytest.raises(ValueError, match=rf"implementation is '{name}'.*head dimension 80"):
+        resolve(name, refusing(name))
+    monkeypatch.setenv(VARIABLE, name)
+    with pytest.raises(ValueError, match=rf"{VARIABLE} is '{name}'.*head dimension 80"):
+        resolve("auto", refusing(name))
+
+
+def test_kernels_of_other_devices_are_not_asked(monkeypatch):
+    """The native kernels' answer takes a C compiler some seconds."""
+
+    def asked() -> str | None:
+        raise AssertionError
+
+    on_device(monkeypatch, "gpu", "9.0")
+    assert resolve("auto", BOTH | {"native": asked}) == "mosaic"
+    on_device(monkeypatch, "gpu", "8.0")
+    assert resolve("auto", {"mosaic": asked, "native": asked}) == "xla"
+    on_device(monkeypatch, "cpu")
+    assert resolve("xla", {"native": asked}) == "xla"
+    monkeypatch.setenv(VARIABLE, "xla")
+    assert resolve("auto", {"native": asked}) == "xla"
+
+
+@pytest.mark.parametrize("wish", ["xla", "mosaic", "native"])
 def test_the_variable_decides_where_the_caller_does_not(monkeypatch, wish):
-    on_device(monkeypatch, *{"xla": ("gpu", "9.0"), "mosaic": ("cpu", None)}[wish])
+    device = {"xla": ("gpu", "9.0"), "mosaic": ("cpu", None), "native": ("gpu", "9.0")}[wish]
+    on_device(monkeypatch, *device)
     monkeypatch.setenv(VARIABLE, wish)
-    assert resolve("auto", lambda: None) == wish
-    other = {"xla": "mosaic", "mosaic": "xla"}[wish]
-    assert resolve(other, lambda: None) == other
+    assert resolve("auto", BOTH) == wish
+    for other in {"xla", "mosaic", "native"} - {wish}:
+        assert resolve(other, BOTH) == other
     monkeypatch.setenv(VARIABLE, "")
-    assert resolve("auto", lambda: None) == other
+    assert resolve("auto", BOTH) == {"cpu": "native", "gpu": "mosaic"}[device[0]]
+
+
+def test_an_operation_without_the_kernel_of_the_variable_runs_on_xla(monkeypatch):
+    on_device(monkeypatch, "cpu")
+    monkeypatch.setenv(VARIABLE, "mosaic")
+    native = {"native": lambda: None}
+    assert resolve("auto", native) == "xla"
+    with pytest.raises(ValueError, match=r"implementation is 'mosaic', but there is no such kernel.*only native"):
+        resolve("mosaic", native)
 
 
 def test_unknown_names_are_refused(monkeypatch):
-    with pytest.raises(ValueError, match="implementation must be one of auto, mosaic, xla, got 'triton'"):
-        resolve("triton", lambda: None)
+    with pytest.raises(ValueError, match="implementation must be one of auto, mosaic, native, xla, got 'triton'"):
+        resolve("triton", BOTH)
     monkeypatch.setenv(VARIABLE, "cuda")
-    with pytest.raises(ValueError, match=f"{VARIABLE} must be one of auto, mosaic, xla, got 'cuda'"):
-        resolve("auto", lambda: None)
+    with pytest.raises(ValueError, match=f"{VARIABLE} must be one of auto, mosaic, native, xla, got 'cuda'"):
+        resolve("auto", BOTH)
 
 
 # ---------------------------------------------------------------------------------------------------------- a model's
@@ -83,9 +127,10 @@ def test_unknown_names_are_refused(monkeypatch):
 def test_a_model_s_kernels_and_what_speaks_against_mosaic(monkeypatch):
     config, _ = random_model("gqa")
     bfloat16 = jnp.dtype("bfloat16")
+    on_device(monkeypatch, "tpu")
     found = choose_kernels(config, 64, bfloat16)
     assert {choice.implementation for choice in found.values()} == {"xla"}
-    assert all("cpu" in choice.refusal for choice in found.values())
+    assert all("Hopper" in choice.refusal and "tpu" in choice.refusal for choice in found.values())
 
     on_device(monkeypatch, "gpu", "9.0")
     fitting = replace(config, head_dim=64, hidden_size=256)
@@ -100,9 +145,29 @@ def test_a_model_s_kernels_and_what_speaks_against_mosaic(monkeypatch):
         assert all(word in found[name].refusal for name in refusing)
 
 
-@pytest.mark.parametrize(("wish", "message"), [("cuda", "EEJAX_KERNELS must be one of"), ("mosaic", "float32")])
-def test_a_wish_that_cannot_be_met_is_refused_before_anything_runs(monkeypatch, wish, message):
-    model, params = random_model("gqa")
+@needs_native
+def test_a_model_s_kernels_on_a_cpu():
+    config, _ = random_model("gqa")
+    float32 = jnp.dtype("float32")
+    assert set(choose_kernels(config, 8, float32).values()) == {("native", None)}
+    for choice in choose_kernels(config, 8, jnp.dtype("bfloat16")).values():
+        assert choice.implementation == "xla"
+        assert "float32" in choice.refusal and "bfloat16" in choice.refusal
+    wide = choose_kernels(replace(config, head_dim=258), 8, float32)
+    assert wide["kv_fill"] == ("native", None)
+    assert wide["paged_attention"].implementation == "xla" and "258" in wide["paged_attention"].refusal
+
+
+@pytest.mark.parametrize(
+    ("wish", "model", "message"),
+    [
+        ("cuda", {}, "EEJAX_KERNELS must be one of"),
+        ("mosaic", {}, "float32"),
+        ("native", {"head_dim": 258}, "EEJAX_KERNELS is 'native', but the kernel does not take .* 258"),
+    ],
+)
+def test_a_wish_that_cannot_be_met_is_refused_before_anything_runs(monkeypatch, wish, model, message):
+    model, params = random_model("gqa", **model)
     monkeypatch.setenv(VARIABLE, wish)
     with pytest.raises(ConfigError, match=message):
         Runner(EngineConfig(model=model, cache=CacheConfig(8, 64), max_model_len=64), params)
@@ -164,7 +229,7 @@ def with_block(**changes: jax.Array) -> dict:
         (with_block(norm=jnp.ones(9)), r"blocks\[1\]\.norm must be \[8\], got \[9\]"),
         (with_block(bkv=jnp.ones(8)), r"blocks\[1\]\.bkv must be \[16\], got \[8\]"),
         (with_block(k_norm=jnp.ones(2)), r"blocks\[1\]\.k_norm must be \[4\], got \[2\]"),
-        ({"implementation": "cuda"}, "implementation must be one of auto, mosaic, xla, got 'cuda'"),
+        ({"implementation": "cuda"}, "implementation must be one of auto, mosaic, native, xla, got 'cuda'"),
         ({"implementation": "mosaic"}, "float32"),
     ],
 )

@@ -18,8 +18,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import pallas_kernels
 from pallas_kernels import KVProjection
-from pallas_kernels.api import kv_fill_refusal
+from pallas_kernels.api import kv_fill_refusals
+from pallas_kernels.implementation import VARIABLE
 from pallas_kernels.mosaic import kv_fill as kernel
+from tests.native_env import needs_native
 
 # Relative to the length of the vector written. Sums are in float32 everywhere; states, projection, bias and the norm of
 # the keys are rounded once each, to 9 bits in bfloat16.
@@ -98,6 +100,10 @@ def run(case: Case, given: dict, implementation: str) -> tuple[np.ndarray, np.nd
         return tuple(np.asarray(pages) for pages in jax.jit(fill)(given))
 
 
+def refusal(given: dict, blocks: list[KVProjection]) -> str | None:
+    return kv_fill_refusals(given["x"], blocks, given["k_pages"])["mosaic"]()
+
+
 def interpreted() -> contextlib.AbstractContextManager:
     return plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True))
 
@@ -160,10 +166,13 @@ def test_fills_what_is_missing_and_nothing_else(name, implementation, capfd):
     assert "RACE" not in capfd.readouterr().out
 
 
-def test_float32():
+@pytest.mark.parametrize("implementation", ["xla", pytest.param("native", marks=needs_native)])
+def test_float32(implementation, monkeypatch):
+    """The native kernels are those of the projection, where the variable decides."""
+    monkeypatch.setenv(VARIABLE, implementation)
     case = Case(dtype="float32", bias=True, k_norm=True, from_block=(0, 1, 2, 3))
     given = case.arguments()
-    check(case, given, run(case, given, "xla"))
+    check(case, given, run(case, given, implementation))
 
 
 @pytest.mark.parametrize("implementation", ["xla", "mosaic"])
@@ -215,7 +224,7 @@ def test_weights_of_blocks_that_nobody_needs_are_not_read(from_block, blocks, mo
 def test_refuses_what_it_cannot_do_and_xla_takes_it(change, part):
     case = replace(Case(tokens=2, layers=(1,)), **change)
     given = case.arguments()
-    assert part in kv_fill_refusal(given["x"], given["blocks"], given["k_pages"])
+    assert part in refusal(given, given["blocks"])
     with pytest.raises(ValueError, match=part):
         run(case, given, "mosaic")
     check(case, given, run(case, given, "xla"))
@@ -225,10 +234,10 @@ def test_refuses_blocks_that_differ_and_dtypes_that_do():
     given = Case().arguments()
     blocks = given["blocks"]
     for odd in (replace(blocks[0], eps=1e-5), replace(blocks[0], k_norm=jnp.ones(64, jnp.bfloat16))):
-        assert "same eps" in kv_fill_refusal(given["x"], [*blocks, odd], given["k_pages"])
+        assert "same eps" in refusal(given, [*blocks, odd])
     half = replace(blocks[0], wkv=blocks[0].wkv.astype(jnp.float16))
-    assert "blocks[3].wkv" in kv_fill_refusal(given["x"], [*blocks, half], given["k_pages"])
-    assert "x must have" in kv_fill_refusal(given["x"].astype(jnp.float32), blocks, given["k_pages"])
+    assert "blocks[3].wkv" in refusal(given, [*blocks, half])
+    assert "x must have" in refusal(given | {"x": given["x"].astype(jnp.float32)}, blocks)
 
 
 MODELS = {

@@ -2,7 +2,7 @@
 
 Add an `Implementation` to `IMPLEMENTATIONS`, and it is put to all of this. Whatever no query may see is NaN: one read
 too many shows. The kernel for Hopper GPUs runs under the Mosaic interpreter, which also looks for data races, and with
-`-m gpu` on a device.
+`-m gpu` on a device; the one for CPUs where there is a C compiler.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import pallas_kernels
+from pallas_kernels import reference
 from pallas_kernels.mosaic import paged_attention as mosaic
+from tests.native_env import needs_native
 
 # The interpreter multiplies with NumPy, which may warn of NaN: rows of queries that no head fills are NaN there.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")
@@ -27,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in mat
 LAYERS = 3
 HEADS = {"mha": (2, 2), "gqa": (6, 2), "mqa": (4, 1)}
 TOLERANCES = {
-    # Sums of at most 32 products of normal numbers: rounding adds up to about 1e-6.
+    # Sums of at most 300 products of normal numbers: rounding adds up to about 1e-6.
     "float32": 1e-5,
     # The reference reads the same bfloat16 K and V. What is rounded on the way are the scaled queries and the weights,
     # each by 2**-9: scores of size 4 move by 0.008, weights by 1 %, and values are of size 3 at the most.
@@ -39,7 +41,10 @@ TOLERANCES = {
 
 @dataclass(frozen=True)
 class Implementation:
-    """Functions with the signatures of `pallas_kernels.api`, and the shapes that they are put to."""
+    """Functions and the shapes that they are put to.
+
+    `decode` is called like `pallas_kernels.paged_attention`, `prefill` like `reference.paged_prefill_attention`.
+    """
 
     decode: Callable
     prefill: Callable
@@ -57,6 +62,11 @@ class Implementation:
     def lengths(self) -> tuple[int, ...]:
         return (0, 1, self.page - 1, self.page, self.page + 1, self.longest)
 
+    @property
+    def exact(self) -> bool:
+        """Whether one slot of many is more than what rounding does."""
+        return self.dtypes[0] == "float32"
+
 
 def interpreted(*arguments, **options) -> jax.Array:
     """The kernel on the CPU: long rows have two pieces, long pieces fill their rings again, blocks get several."""
@@ -65,17 +75,40 @@ def interpreted(*arguments, **options) -> jax.Array:
         return pallas_kernels.paged_attention(*arguments, **options, implementation="mosaic")
 
 
+COPIES = 26
+"""The native kernel takes tokens of a row together only where there are many: so often are those of a test repeated."""
+
+
+def row_by_row(q, k_pages, v_pages, page_table, positions, **options) -> jax.Array:
+    """The native kernel on several queries a row: tokens of one row behind those of another."""
+    rows = jnp.repeat(jnp.arange(q.shape[0]), q.shape[1])
+    flat = q.reshape(-1, *q.shape[2:])
+    many, many_rows, many_positions = (jnp.concatenate([a] * COPIES) for a in (flat, rows, positions.reshape(-1)))
+    found = pallas_kernels.ragged_paged_attention(
+        many, k_pages, v_pages, page_table, many_rows, many_positions, **options, implementation="native"
+    )
+    return found[: len(flat)].reshape(q.shape)
+
+
 def refused(*arguments, **options) -> jax.Array:
     raise AssertionError("there is no kernel for several queries a row")
 
 
 XLA = Implementation(
     functools.partial(pallas_kernels.paged_attention, implementation="xla"),
-    pallas_kernels.paged_prefill_attention,
+    reference.paged_prefill_attention,
     page=8,
     width=4,
     dim=16,
     dtypes=("float32", "bfloat16"),
+)
+NATIVE = Implementation(
+    functools.partial(pallas_kernels.paged_attention, implementation="native"),
+    row_by_row,
+    page=8,
+    width=4,
+    dim=64,
+    dtypes=("float32",),
 )
 INTERPRETED = Implementation(interpreted, refused, page=64, width=5, dim=64, dtypes=("bfloat16", "float16"))
 DEVICE = Implementation(
@@ -86,7 +119,13 @@ DEVICE = Implementation(
     dim=128,
     dtypes=("bfloat16", "float16"),
 )
-IMPLEMENTATIONS = {"xla": XLA, "interpreted": INTERPRETED, "device": DEVICE}
+IMPLEMENTATIONS = {
+    "xla": XLA,
+    "native": NATIVE,
+    "native-20": replace(NATIVE, dim=20),  # no multiple of any processor's vectors
+    "interpreted": INTERPRETED,
+    "device": DEVICE,
+}
 PAGE, WIDTH, DIM, LONGEST = XLA.page, XLA.width, XLA.dim, XLA.longest
 
 
@@ -201,12 +240,21 @@ def several_queries_each(implementation: str, heads: str, dtype: str | None = No
     return problem(implementation, HEADS[heads], rows, dtype, **kwargs)
 
 
-NAMES = ["xla", "interpreted", pytest.param("device", marks=pytest.mark.gpu)]
+NAMES = [
+    "xla",
+    pytest.param("native", marks=needs_native),
+    "interpreted",
+    pytest.param("device", marks=pytest.mark.gpu),
+]
 KERNEL = NAMES[1:]
 suite = pytest.mark.parametrize("implementation", NAMES)
 KINDS = [
     pytest.param("xla", one_query_each, id="xla-decode"),
     pytest.param("xla", several_queries_each, id="xla-prefill"),
+    pytest.param("native", one_query_each, id="native-decode", marks=needs_native),
+    pytest.param("native", several_queries_each, id="native-prefill", marks=needs_native),
+    pytest.param("native-20", one_query_each, id="native-20-decode", marks=needs_native),
+    pytest.param("native-20", several_queries_each, id="native-20-prefill", marks=needs_native),
     pytest.param("interpreted", one_query_each, id="interpreted"),
     pytest.param("device", one_query_each, id="device", marks=pytest.mark.gpu),
 ]
@@ -259,7 +307,7 @@ def test_windows_end_where_they_should(implementation, make):
         given = make(implementation, "gqa", sliding_window=window)
         found = given.check()
         assert np.all(found[0] == 0)
-        if of is not XLA and window > of.page + 1:
+        if not of.exact and window > of.page + 1:
             continue  # one slot of many is less than the rounding of 16 bits
         if 1 < window <= of.longest:
             assert not given.close(found, replace(given, sliding_window=window - 1).expected())
@@ -280,8 +328,8 @@ def test_windows_of_other_shapes(implementation, make, heads):
     """All kinds of heads, tables and lengths; many lengths of one row in one batch."""
     of = IMPLEMENTATIONS[implementation]
     for seed in range(0 if implementation == "interpreted" else 3):
-        make(implementation, heads, "bfloat16", seed=seed, sliding_window=of.page + 3).check()
-    lengths = range(-1, of.longest, 1 if of is XLA else 21)
+        make(implementation, heads, of.dtypes[-1], seed=seed, sliding_window=of.page + 3).check()
+    lengths = range(-1, of.longest, 1 if of.exact else 21)
     problem(implementation, HEADS[heads], [[last] for last in lengths], sliding_window=of.page + 3).check()
 
 
@@ -344,10 +392,11 @@ def test_scores_of_any_size(implementation):
 
 @suite
 def test_result_has_the_dtype_of_the_queries(implementation):
-    given = one_query_each(implementation, "mqa", "bfloat16")
+    other = IMPLEMENTATIONS[implementation].dtypes[-1]
+    given = one_query_each(implementation, "mqa", other)
     arrays = (given.k_pages, given.v_pages, given.page_table, given.positions[:, 0] + 1)
     decode, _ = compiled(implementation)
-    for dtype in (jnp.float32, jnp.bfloat16):
+    for dtype in (jnp.dtype("float32"), jnp.dtype(other)):
         q = jax.ShapeDtypeStruct(given.q[:, 0].shape, dtype)
         out = jax.eval_shape(functools.partial(decode, layer=0), q, *arrays)
         assert (out.shape, out.dtype) == (q.shape, q.dtype)
@@ -381,6 +430,76 @@ def test_entries_that_no_row_needs_are_not_looked_up(implementation):
     np.testing.assert_array_equal(found, np.where(active[:, None, None, None], given.found(), 0))
 
 
+# --------------------------------------------------------------------------------------- tokens of any rows, any order
+
+
+@functools.cache
+def ragged(implementation: str) -> Callable:
+    return jax.jit(
+        functools.partial(pallas_kernels.ragged_paged_attention, implementation=implementation),
+        static_argnames=("layer", "scale", "sliding_window"),
+    )
+
+
+def check_ragged(implementation: str, given: Problem, rows: np.ndarray, queries: np.ndarray) -> None:
+    """Tokens `queries[n]` of `rows[n]`, in this order, one behind another; a row of -1 is padding."""
+    if implementation == "native":
+        rows, queries = np.tile(rows, COPIES), np.tile(queries, COPIES)
+    padding = rows < 0
+    positions = np.where(padding, -1, given.positions[rows, queries])
+    arrays = given.q[rows, queries], given.k_pages, given.v_pages, given.page_table, np.maximum(rows, 0), positions
+    options = {"layer": given.layer, "scale": given.scale, "sliding_window": given.sliding_window}
+    found = np.asarray(ragged(implementation)(*map(jnp.asarray, arrays), **options), np.float64)
+    expected = np.where(padding[:, None, None], 0, given.expected()[rows, queries])
+    assert np.all(found[positions < 0] == 0)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCES[given.k_pages.dtype.name])
+
+
+RAGGED = pytest.mark.parametrize("implementation", ["xla", pytest.param("native", marks=needs_native)])
+
+
+@pytest.mark.parametrize(
+    ("implementation", "heads", "dim"),
+    [
+        pytest.param("xla", (6, 2), 16),
+        *(
+            pytest.param("native", heads, dim, marks=needs_native)
+            for heads, dim in [((2, 2), 64), ((6, 2), 16), ((9, 1), 64), ((6, 2), 20), ((40, 1), 16)]
+        ),
+    ],
+)
+def test_tokens_of_several_rows_in_one_call(implementation, heads, dim, monkeypatch):
+    """Runs of one token to many, rows that come back, padding in between: all see what they see by themselves."""
+    monkeypatch.setitem(IMPLEMENTATIONS, "xla", replace(XLA, dim=dim))
+    ascending = [np.arange(first, first + PAGE + 3) for first in (0, 2, LONGEST - PAGE - 3, PAGE - 2)]
+    lengths = [PAGE + 3, 1, 7, 2]
+    together = np.repeat(np.arange(4), lengths), np.concatenate([np.arange(length) for length in lengths])
+    order = np.random.default_rng(1).permutation(sum(lengths))
+    rows = [-1, 2, 2, -1, -1, 0, 0, 0, 3, -1, 0, 0, -1, 1, 1, 1, 1, 1, 1, 1, -1]
+    queries = [0, 3, 4, 0, 0, 5, 6, 7, 9, 0, 8, 9, 0, 10, 0, 1, 3, 2, 8, 9, 0]
+    for window in (None, 3, PAGE + 1):
+        given = problem("xla", heads, ascending, sliding_window=window)
+        check_ragged(implementation, given, *together)
+        check_ragged(implementation, given, *(array[order] for array in together))
+        check_ragged(implementation, given, np.array(rows), np.array(queries))
+
+
+@RAGGED
+def test_a_row_alone_may_go_back_and_forth(implementation):
+    """One row of the page table takes a way of its own in XLA's implementation."""
+    given = problem("xla", HEADS["gqa"], [[5, 2, -1, LONGEST - 1, 0, PAGE]], sliding_window=4)
+    check_ragged(implementation, given, np.array([0, 0, -1, 0, 0, 0, 0]), np.array([0, 1, 0, 2, 3, 4, 5]))
+
+
+@RAGGED
+def test_all_of_a_long_row_and_of_a_short_one(implementation):
+    """More tokens than a block of work holds, for every group of heads."""
+    positions = np.stack([np.arange(LONGEST), np.where(np.arange(LONGEST) < 5, np.arange(LONGEST), -1)])
+    rows = np.repeat([0, 1], [LONGEST, 5])
+    for heads in HEADS.values():
+        check_ragged(implementation, problem("xla", heads, positions), rows, np.r_[:LONGEST, :5])
+
+
 # ------------------------------------------------------------------------------------------------- only of the kernel
 
 
@@ -406,6 +525,26 @@ def test_shapes_of_heads_and_pages(monkeypatch, implementation, heads, dim, page
     shape = replace(IMPLEMENTATIONS[implementation], dim=dim, page=page, width=3)
     monkeypatch.setitem(IMPLEMENTATIONS, implementation, shape)
     problem(implementation, heads, [[-1], [page - 2], [3 * page - 1]], sliding_window=page + 5).check()
+
+
+@needs_native
+def test_native_shapes_of_heads_and_pages(monkeypatch):
+    """Groups of every width, more heads than a tile of queries has, dimensions and pages of several steps."""
+    for heads, dim, page in (
+        ((5, 1), 16, 8),
+        ((14, 2), 48, 8),
+        ((15, 1), 32, 3),
+        ((18, 2), 64, 8),
+        ((40, 1), 32, 8),
+        ((40, 1), 20, 8),
+        ((2, 1), 256, 96),
+        ((6, 3), 7, 96),
+    ):
+        monkeypatch.setitem(IMPLEMENTATIONS, "native", replace(NATIVE, dim=dim, page=page, width=3))
+        rows = [[-1, -1], [page - 2, page - 1], [-1, page], [3 * page - 2, 3 * page - 1]]
+        for window in (None, page + 2):
+            problem("native", heads, [row[-1:] for row in rows], sliding_window=window).check()
+            problem("native", heads, rows, sliding_window=window).check()
 
 
 @pytest.mark.gpu
@@ -483,14 +622,27 @@ def test_arguments_that_do_not_fit_are_named(changes, parts):
     with pytest.raises(ValueError) as caught:
         pallas_kernels.paged_attention(**given)
     assert all(part in str(caught.value) for part in parts), caught.value
-    given["q"], lengths = given["q"][:, None], given.pop("lengths")
+    if "[3, M]" in parts:
+        return  # tokens of any row: there may be fewer rows
+    positions = given.pop("lengths")
     with pytest.raises(ValueError) as caught:
-        pallas_kernels.paged_prefill_attention(**given, positions=lengths[:, None])
+        pallas_kernels.ragged_paged_attention(**given, rows=jnp.zeros(3, jnp.int32), positions=positions)
     assert any(part in str(caught.value) for part in [parts[0], "positions"]), caught.value
 
 
-def test_positions_must_fit_the_queries():
-    given = arguments(q=((3, 2, 4, DIM), jnp.float32))
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"q": jnp.zeros((3, 1, 4, DIM))}, r"q must have 3 dimensions, got \[3, 1, 4, 16\]"),
+        ({"rows": jnp.zeros(2, jnp.int32)}, r"rows must be \[3\], one per token of q, got \[2\]"),
+        ({"positions": jnp.zeros((3, 1), jnp.int32)}, r"positions must be \[3\], one per token of q, got \[3, 1\]"),
+        ({"rows": jnp.zeros(3)}, "rows must be integers, got float32"),
+        ({"page_table": jnp.zeros(4, jnp.int32)}, r"page_table must be \[R, M\], .*got \[4\]"),
+        ({"implementation": "mosaic"}, "implementation is 'mosaic', but there is no such kernel for this: only native"),
+    ],
+)
+def test_tokens_must_fit_their_rows(changes, message):
+    given = arguments() | {"rows": jnp.zeros(3, jnp.int32), "positions": jnp.zeros(3, jnp.int32)}
     del given["lengths"]
-    with pytest.raises(ValueError, match=r"positions must be \[3, 2\].* got \[3, 1\]"):
-        pallas_kernels.paged_prefill_attention(**given, positions=jnp.zeros((3, 1), jnp.int32))
+    with pytest.raises(ValueError, match=message):
+        pallas_kernels.ragged_paged_attention(**(given | changes))

@@ -10,8 +10,10 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from eejax.buckets import bucket_of, segment_bucket, segment_buckets
+from eejax.buckets import Piece, bucket_of, cut_prefill, segment_bucket, segment_buckets
 from eejax.config import CacheConfig, DecodeConfig, EngineConfig, ExitConfig, ModelConfig, SchedulerConfig
 from eejax.engine import Engine
 from eejax.kv_fill import WAITING_PER_ROW
@@ -249,10 +251,11 @@ def test_a_second_process_compiles_nothing(tmp_path):
 # ------------------------------------------------------------------------------------------------------ hidden states
 
 
-def fresh(runner: Runner, prompt: list[int]) -> Sequence:
-    thresholds, params = (float("inf"),) * len(EXITS), SamplingParams(temperature=0.0)
-    [seq] = Request("fresh", None, tuple(prompt), params, 4, thresholds, frozenset(), 0).sequences
-    seq.pages = list(range(runner.config.pages_per_seq))
+def fresh(runner: Runner, prompt: list[int], place: int = 0, **params) -> Sequence:
+    thresholds, asked = (float("inf"),) * len(EXITS), SamplingParams(temperature=0.0, **params)
+    [seq] = Request(f"fresh {place}", None, tuple(prompt), asked, 4, thresholds, frozenset(), 0).sequences
+    width = runner.config.pages_per_seq
+    seq.pages = list(range(place * width, (place + 1) * width))
     return seq
 
 
@@ -274,6 +277,58 @@ def test_hidden_states_are_of_fresh_prompts_and_only_where_wanted(runner):
     seq.append(row.token_ids[0], DEPTH, None)
     [row] = runner.run(MicroBatch("prefill", (seq,)), wants_hidden=True).rows  # as after a preemption
     assert row.hidden is None
+
+
+SPANS = st.lists(
+    st.integers(0, 40).flatmap(lambda begin: st.integers(0, 70).map(lambda length: (begin, begin + length))),
+    max_size=12,
+)
+
+
+@settings(max_examples=200)
+@given(SPANS, st.integers(1, 40), st.integers(1, 6))
+def test_prefill_is_cut_into_full_calls(spans, chunk, max_rows):
+    calls = cut_prefill(spans, chunk, max_rows)
+    found = [(piece.row, piece.start + i) for call in calls for piece in call for i in range(piece.length)]
+    # Every position once, a row behind another: a token's predecessors are in its call or in an earlier one.
+    assert found == [(row, position) for row, span in enumerate(spans) for position in range(*span)]
+    for call in calls:
+        assert len({piece.row for piece in call}) == len(call) <= max_rows
+        assert all(piece.length > 0 for piece in call)
+        assert sum(piece.length for piece in call) <= chunk
+    for call in calls[:-1]:
+        full = sum(piece.length for piece in call) == chunk
+        assert full or (len(call) == max_rows and call[-1].start + call[-1].length == spans[call[-1].row][1])
+
+
+def test_a_row_that_does_not_fit_goes_on_in_the_next_call():
+    spans = [(0, 5), (8, 20), (0, 0), (3, 6)]
+    together = [[Piece(0, 0, 5), Piece(1, 8, 5)], [Piece(1, 13, 7), Piece(3, 3, 3)]]
+    assert cut_prefill(spans, 10, 3) == together
+    alone = [[Piece(0, 0, 5)], [Piece(1, 8, 10)], [Piece(1, 18, 2)], [Piece(3, 3, 3)]]
+    assert cut_prefill(spans, 10, 1) == alone
+    assert cut_prefill([], 10, 1) == []
+
+
+def test_rows_of_one_call_get_their_own_results(runner):
+    """Beside one another: a row that wants log-probabilities, one that does not, and one that has its token already."""
+    width = runner.config.pages_per_seq
+    seqs = [
+        fresh(runner, random_prompt(MODEL, length, length), place=place, logprobs=asks)
+        for place, (length, asks) in enumerate([(13, 2), (4, None), (7, 0)])
+    ]
+    alone = [runner.run(MicroBatch("prefill", (seq,)), wants_hidden=True).rows[0] for seq in seqs]
+    seqs[2].append(alone[2].token_ids[0], DEPTH, None)
+    assert len({page for seq in seqs for page in seq.pages}) == 3 * width
+    found = runner.run(MicroBatch("prefill", tuple(seqs)), wants_hidden=True).rows
+    assert (found[2].token_ids, found[2].logprobs, found[2].hidden) == ((), (), None)
+    for together, by_itself in zip(found[:2], alone[:2], strict=True):
+        assert (together.token_ids, together.exit_layers) == (by_itself.token_ids, by_itself.exit_layers)
+        np.testing.assert_allclose(together.hidden, by_itself.hidden, atol=1e-4)
+    assert found[1].logprobs == ()
+    [ours], [theirs] = found[0].logprobs, alone[0].logprobs
+    assert list(ours) == list(theirs)
+    assert [x.logprob for x in ours.values()] == pytest.approx([x.logprob for x in theirs.values()], abs=1e-4)
 
 
 # --------------------------------------------------------------------------------------------------- how much is run
@@ -344,9 +399,11 @@ def test_finished_rows_no_longer_count(runner):
 
 def test_segments_run_in_the_smallest_bucket():
     assert segment_buckets(1, True) == (1,)
-    assert segment_buckets(8, True) == (1, 2, 4, 8)
-    assert segment_buckets(32, True) == (4, 8, 16, 24, 32)
-    assert [segment_bucket(32, True, n) for n in (1, 4, 5, 16, 17, 24, 25, 32)] == [4, 4, 8, 16, 24, 24, 32, 32]
+    assert segment_buckets(2, True) == (1, 2)
+    assert segment_buckets(4, True) == (2, 4)
+    assert segment_buckets(8, True) == (4, 8)
+    assert segment_buckets(32, True) == (4, 8, 16, 32)
+    assert [segment_bucket(32, True, n) for n in (1, 4, 5, 16, 17, 32)] == [4, 4, 8, 16, 32, 32]
     for bucket in (1, 8, 32):
         assert segment_buckets(bucket, False) == (bucket,)
 

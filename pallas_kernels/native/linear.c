@@ -1,0 +1,304 @@
+/* out [O, N] = weight [O, K] @ x [K, N], float32, row-major, with what stands before and behind a product in a block:
+RMS norm of x's columns, SwiGLU's gate, a residual to add. The weight is read once, at the memory's pace if it can be.
+
+Few columns: inner products along K, several rows of the weight against all columns at once (x is turned round first).
+More: panels of columns as wide as two vectors, every weight broadcast to them; panels are copied one behind another
+where x has more columns than one panel. Both keep a tile of results in registers through the whole of K. */
+
+#include <math.h>
+
+#include "kernels.h"
+
+/* Columns up to which inner products are used: a panel would be mostly empty. */
+#define NARROW 8
+#define PANEL (2 * VL)
+/* Bytes of weight of one work item: fits the second-level cache beside a panel of x. */
+#define ITEM_BYTES (256 * 1024)
+/* A tile of panels holds TALL x 2 vectors or TALLER x 1. */
+#if REGISTERS == 32
+#define TALL 12
+#define TALLER 24
+#else
+#define TALL 6
+#define TALLER 12
+#endif
+
+typedef struct {
+  const float *weight, *x, *norm, *residual;
+  float *out, *gates, *scratch;
+  int64_t rows, depth, columns, rows_of_item;
+  float eps;
+} Product;
+
+/* Floats from one turned column to the next; one vector more than there are, or all would share a set of the cache. */
+INLINE int64_t stride_of(const Product* p) { return p->depth + VL; }
+
+/* x is used as it lies if it is one column or one whole panel, and has no norm. */
+INLINE int copies(const Product* p) {
+  if (p->norm) return 1;
+  return p->columns <= NARROW ? p->columns != 1 : p->columns != VL && p->columns != PANEL;
+}
+
+/* --- few columns --- */
+
+/* `m` rows of the weight by `n` columns of x, turned round. */
+INLINE void inner_products(
+    const float* weight, const float* x, const float* residual, float* out, int64_t depth, int64_t stride, int m, int n) {
+  vec sums[REGISTERS];
+#pragma GCC unroll 32
+  for (int i = 0; i < m * n; i++) sums[i] = (vec){0};
+  int64_t k = 0;
+  for (; k + VL <= depth; k += VL) {
+    vec w[REGISTERS];
+#pragma GCC unroll 32
+    for (int r = 0; r < m; r++) {
+      w[r] = load(weight + r * depth + k);
+      __builtin_prefetch(weight + (r + m) * depth + k, 0, 3);
+    }
+#pragma GCC unroll 32
+    for (int c = 0; c < n; c++) {
+      vec column = load(x + c * stride + k);
+#pragma GCC unroll 32
+      for (int r = 0; r < m; r++) sums[r * n + c] += w[r] * column;
+    }
+  }
+#pragma GCC unroll 32
+  for (int r = 0; r < m; r++)
+#pragma GCC unroll 32
+    for (int c = 0; c < n; c++) {
+      float sum = sum_of(sums[r * n + c]);
+      for (int64_t rest = k; rest < depth; rest++) sum += weight[r * depth + rest] * x[c * stride + rest];
+      out[r * n + c] = residual ? residual[r * n + c] + sum : sum;
+    }
+}
+
+typedef void Rows(const Product* p, const float* weight, const float* residual, float* out, int64_t rows);
+
+#define NARROW_ROWS(n, m)                                                                                     \
+  static void narrow_##n(                                                                                     \
+      const Product* p, const float* weight, const float* residual, float* out, int64_t rows) {               \
+    const float* x = copies(p) ? p->scratch : p->x;                                                           \
+    int64_t o = 0, depth = p->depth, stride = stride_of(p);                                                   \
+    for (; o + m <= rows; o += m)                                                                             \
+      inner_products(weight + o * depth, x, residual ? residual + o * n : NULL, out + o * n, depth, stride, m, n); \
+    for (; o < rows; o++)                                                                                     \
+      inner_products(weight + o * depth, x, residual ? residual + o * n : NULL, out + o * n, depth, stride, 1, n); \
+  }
+#if REGISTERS == 32
+NARROW_ROWS(1, 8)
+NARROW_ROWS(2, 8)
+NARROW_ROWS(3, 6)
+NARROW_ROWS(4, 6)
+NARROW_ROWS(5, 4)
+NARROW_ROWS(6, 4)
+NARROW_ROWS(7, 3)
+NARROW_ROWS(8, 3)
+#else
+NARROW_ROWS(1, 4)
+NARROW_ROWS(2, 4)
+NARROW_ROWS(3, 3)
+NARROW_ROWS(4, 2)
+NARROW_ROWS(5, 2)
+NARROW_ROWS(6, 2)
+NARROW_ROWS(7, 1)
+NARROW_ROWS(8, 1)
+#endif
+static Rows* const narrow_rows[] = {
+    narrow_1, narrow_2, narrow_3, narrow_4, narrow_5, narrow_6, narrow_7, narrow_8};
+
+/* What the norm multiplies column c with. */
+static float factor_of(const Product* p, int64_t c) {
+  float sum = 0;
+  for (int64_t k = 0; k < p->depth; k++) sum += p->x[k * p->columns + c] * p->x[k * p->columns + c];
+  return 1 / sqrtf(sum / p->depth + p->eps);
+}
+
+static void turn(const Product* p) {
+  float factors[NARROW];
+  if (p->norm)
+    for (int64_t c = 0; c < p->columns; c++) factors[c] = factor_of(p, c);
+  for (int64_t k = 0; k < p->depth; k++)
+    for (int64_t c = 0; c < p->columns; c++) {
+      float value = p->x[k * p->columns + c];
+      p->scratch[c * stride_of(p) + k] = p->norm ? value * factors[c] * p->norm[k] : value;
+    }
+}
+
+/* --- panels --- */
+
+/* `m` rows of the weight by a panel of `n` vectors, of which `width` columns exist; rows of out are `columns` apart. */
+INLINE void broadcast_products(
+    const float* weight,
+    const float* x,
+    const float* residual,
+    float* out,
+    int64_t depth,
+    int64_t columns,
+    int64_t width,
+    int m,
+    int n) {
+  vec sums[REGISTERS];
+  int64_t stride = n * VL, whole = depth / VL * VL;
+#pragma GCC unroll 32
+  for (int i = 0; i < m * n; i++) sums[i] = (vec){0};
+  /* A block of VL columns of the weight is copied aside before it is broadcast: its lines are read once and whole. */
+  float staged[2][REGISTERS * VL];
+  /* The next tile lies behind this one; line by line in order, so that the processor's own prefetching joins in. */
+  const float* ahead = weight + m * depth;
+  if (whole)
+#pragma GCC unroll 32
+    for (int r = 0; r < m; r++) store(staged[0] + r * VL, load(weight + r * depth));
+  for (int64_t block = 0; block < whole; block += VL) {
+    const float* now = staged[block / VL % 2];
+    float* next = staged[(block / VL + 1) % 2];
+    if (block + VL < whole)
+#pragma GCC unroll 32
+      for (int r = 0; r < m; r++) store(next + r * VL, load(weight + r * depth + block + VL));
+#pragma GCC unroll 16
+    for (int k = 0; k < VL; k++) {
+      vec row[2];
+      /* m lines a block, spread over it. */
+#pragma GCC unroll 2
+      for (int line = k * m / VL; line < (k + 1) * m / VL; line++)
+        __builtin_prefetch(ahead + block * m + line * VL, 0, 2);
+#pragma GCC unroll 2
+      for (int c = 0; c < n; c++) row[c] = load(x + (block + k) * stride + c * VL);
+#pragma GCC unroll 32
+      for (int r = 0; r < m; r++) {
+        vec w = splat(now[r * VL + k]);
+#pragma GCC unroll 2
+        for (int c = 0; c < n; c++) sums[r * n + c] += w * row[c];
+      }
+    }
+  }
+  for (int64_t k = whole; k < depth; k++)
+#pragma GCC unroll 32
+    for (int r = 0; r < m; r++)
+#pragma GCC unroll 2
+      for (int c = 0; c < n; c++) sums[r * n + c] += splat(weight[r * depth + k]) * load(x + k * stride + c * VL);
+  int is_whole = width == n * VL;
+#pragma GCC unroll 32
+  for (int r = 0; r < m; r++) {
+    float line[PANEL];
+    float* to = is_whole ? out + r * columns : line;
+    if (residual && !is_whole) memcpy(line, residual + r * columns, width * sizeof(float));
+    const float* add = is_whole ? residual + r * columns : line;
+#pragma GCC unroll 2
+    for (int c = 0; c < n; c++) {
+      vec sum = sums[r * n + c];
+      if (residual) sum += load(add + c * VL);
+      store(to + c * VL, sum);
+    }
+    if (!is_whole) memcpy(out + r * columns, line, width * sizeof(float));
+  }
+}
+
+#define PANEL_ROWS(name, tall, n)                                                                                  \
+  static void name(const Product* p, const float* weight, const float* x, const float* residual, float* out,       \
+                   int64_t rows, int64_t width) {                                                                  \
+    int64_t o = 0, depth = p->depth, columns = p->columns;                                                         \
+    for (; o + tall <= rows; o += tall)                                                                            \
+      broadcast_products(weight + o * depth, x, residual ? residual + o * columns : NULL, out + o * columns, depth, \
+                         columns, width, tall, n);                                                                 \
+    for (; o + 4 <= rows; o += 4)                                                                                  \
+      broadcast_products(weight + o * depth, x, residual ? residual + o * columns : NULL, out + o * columns, depth, \
+                         columns, width, 4, n);                                                                    \
+    for (; o < rows; o++)                                                                                          \
+      broadcast_products(weight + o * depth, x, residual ? residual + o * columns : NULL, out + o * columns, depth, \
+                         columns, width, 1, n);                                                                    \
+  }
+PANEL_ROWS(wide_panel, TALL, 2)
+PANEL_ROWS(slim_panel, TALLER, 1)
+
+static void panel_rows(const Product* p, const float* weight, const float* residual, float* out, int64_t rows) {
+  for (int64_t from = 0; from < p->columns; from += PANEL) {
+    int64_t width = MIN(p->columns - from, PANEL);
+    const float* x = copies(p) ? p->scratch + from * p->depth : p->x;
+    (width <= VL ? slim_panel : wide_panel)(
+        p, weight, x, residual ? residual + from : NULL, out + from, rows, width);
+  }
+}
+
+/* A panel of x, normed if it is to be, filled up with zeros. */
+static void copy_panel(int64_t item, void* argument) {
+  const Product* p = argument;
+  int64_t from = item * PANEL, left = p->columns - from, stride = left <= VL ? VL : PANEL, width = MIN(left, stride);
+  float* to = p->scratch + from * p->depth;
+  const float* x = p->x + from;
+  vec sums[2] = {{0}, {0}};
+  for (int64_t k = 0; k < p->depth; k++) {
+    float line[PANEL] = {0};
+    memcpy(line, x + k * p->columns, width * sizeof(float));
+    for (int c = 0; c * VL < stride; c++) {
+      vec value = load(line + c * VL);
+      sums[c] += value * value;
+      store(to + k * stride + c * VL, value);
+    }
+  }
+  if (!p->norm) return;
+  for (int c = 0; c * VL < stride; c++)
+    for (int i = 0; i < VL; i++) sums[c][i] = 1 / sqrtf(sums[c][i] / p->depth + p->eps);
+  for (int64_t k = 0; k < p->depth; k++)
+    for (int c = 0; c * VL < stride; c++) {
+      float* at = to + k * stride + c * VL;
+      store(at, load(at) * sums[c] * splat(p->norm[k]));
+    }
+}
+
+/* --- work --- */
+
+static void item(int64_t number, void* argument) {
+  const Product* p = argument;
+  Rows* run = p->columns <= NARROW ? narrow_rows[p->columns - 1] : panel_rows;
+  int64_t begin = number * p->rows_of_item, rows = MIN(p->rows_of_item, p->rows - begin), n = p->columns;
+  float* out = p->out + begin * n;
+  if (!p->gates) {
+    run(p, p->weight + begin * p->depth, p->residual ? p->residual + begin * n : NULL, out, rows);
+    return;
+  }
+  /* The gate's rows lie before those that it multiplies. */
+  float* gates = p->gates + begin * n;
+  run(p, p->weight + begin * p->depth, NULL, gates, rows);
+  run(p, p->weight + (p->rows + begin) * p->depth, NULL, out, rows);
+  int64_t i = 0, count = rows * n;
+  for (; i + VL <= count; i += VL) store(out + i, silu(load(gates + i)) * load(out + i));
+  for (; i < count; i++) out[i] *= silu(splat(gates[i]))[0];
+}
+
+/* Operands weight, x, norm (of no elements where there is none), residual (likewise); results out and scratch;
+attributes eps, gated. */
+XLA_FFI_Error* eejax_linear(XLA_FFI_CallFrame* call) {
+  if (is_question(call)) return NULL;
+  const XLA_FFI_Buffer *weight = argument(call, 0), *x = argument(call, 1), *norm = argument(call, 2);
+  const XLA_FFI_Buffer *residual = argument(call, 3), *out = result(call, 0);
+  Product p = {
+      .weight = weight->data,
+      .x = x->data,
+      .norm = norm->dims[0] ? norm->data : NULL,
+      .residual = residual->dims[0] ? residual->data : NULL,
+      .out = out->data,
+      .scratch = result(call, 1)->data,
+      .rows = out->dims[0],
+      .depth = weight->dims[1],
+      .columns = x->dims[1],
+      .eps = (float)*(const double*)attribute(call, 0),
+  };
+  if (*(const int64_t*)attribute(call, 1)) {
+    p.gates = p.scratch;
+    p.scratch += p.rows * p.columns;
+  }
+  int narrow = p.columns <= NARROW;
+  if (copies(&p)) {
+    if (narrow)
+      turn(&p);
+    else
+      parallel_for(call, (p.columns + PANEL - 1) / PANEL, copy_panel, &p);
+  }
+  /* Several items a thread, so that one who is held up leaves its share to others; but no tiny ones. */
+  int64_t row_bytes = MAX(p.depth, 1) * (int64_t)sizeof(float) * (p.gates ? 2 : 1);
+  int64_t tile = narrow ? 24 : p.columns <= VL ? TALLER : TALL * 2;
+  int64_t most = ITEM_BYTES / row_bytes, share = p.rows / (4 * thread_count(call)), least = (narrow ? 32 : 16) * 1024 / row_bytes;
+  p.rows_of_item = (MAX(MIN(most, share), MAX(least, 1)) + tile - 1) / tile * tile;
+  parallel_for(call, (p.rows + p.rows_of_item - 1) / p.rows_of_item, item, &p);
+  return NULL;
+}

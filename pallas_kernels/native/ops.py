@@ -1,0 +1,97 @@
+"""The native kernels as JAX functions. What they do not take, `*_refusal` says."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.native import library
+
+PANEL = 32
+"""Columns that scratch is rounded up to, and floats that one column of it may be longer: those of the widest panel."""
+MAX_DIM = 256
+"""Largest head dimension: attention keeps a tile of queries on the stack."""
+
+
+def linear_refusal(weight: Float[Array, "o i"], *others: Array | None) -> str | None:
+    """Why `linear` does not take these; None if it does. Dtypes are enough."""
+    dtypes = {str(array.dtype) for array in (weight, *others) if array is not None}
+    if dtypes != {"float32"}:
+        return f"products are float32, and these are {', '.join(sorted(dtypes))}"
+    return library.refusal()
+
+
+def linear(
+    weight: Float[Array, "o i"],
+    x: Float[Array, "i N"],
+    norm: Float[Array, " i"] | None = None,
+    eps: float = 0.0,
+    residual: Float[Array, "o N"] | None = None,
+    gated: bool = False,
+) -> Float[Array, "o N"]:
+    """`residual + weight @ x`, of columns that went through an RMS norm where `norm` is its weight.
+
+    Args:
+        gated: the upper half of the weight's rows is SwiGLU's gate: `silu(upper @ x) * (lower @ x)`, of `o / 2` rows.
+            Without `residual`.
+    """
+    depth, count = x.shape
+    rows = weight.shape[0] // (2 if gated else 1)
+    if not (rows and depth and count):
+        return jnp.zeros((rows, count), jnp.float32) if residual is None else residual
+    scratch = (depth + PANEL) * (-(-count // PANEL) * PANEL) + (rows * count if gated else 0)
+    shapes = jax.ShapeDtypeStruct((rows, count), jnp.float32), jax.ShapeDtypeStruct((scratch,), jnp.float32)
+    call = jax.ffi.ffi_call("eejax_linear", shapes, vmap_method="sequential")
+    none = jnp.zeros((0,), jnp.float32)
+    return call(
+        weight,
+        x,
+        none if norm is None else norm,
+        none if residual is None else residual,
+        eps=np.float64(eps),
+        gated=np.int64(gated),
+    )[0]
+
+
+def attention_refusal(q: Float[Array, "N H C"], k_pages: Float[Array, "L P K S C"]) -> str | None:
+    """Why `attention` does not take these; None if it does. Shapes and dtypes are enough."""
+    if q.dtype != jnp.float32 or k_pages.dtype != jnp.float32:
+        return f"attention is in float32, and queries are {q.dtype}, pages {k_pages.dtype}"
+    if q.shape[-1] > MAX_DIM:
+        return f"head dimensions are at most {MAX_DIM}, and this one is {q.shape[-1]}"
+    return library.refusal()
+
+
+def attention(
+    q: Float[Array, "N H C"],
+    k_pages: Float[Array, "L P K S C"],
+    v_pages: Float[Array, "L P K S C"],
+    page_table: Int[Array, "R M"],
+    rows: Int[Array, " N"],
+    positions: Int[Array, " N"],
+    *,
+    layer: int,
+    scale: float | None,
+    sliding_window: int | None,
+) -> Float[Array, "N H C"]:
+    """See `pallas_kernels.api.ragged_paged_attention`."""
+    if not q.size:
+        return q
+    integers = (array.astype(jnp.int32) for array in (page_table, rows, positions))
+    # A window that holds all that a page table has room for is none, and might not fit the kernel's integers.
+    room = page_table.shape[1] * k_pages.shape[3]
+    window = 0 if sliding_window is None or sliding_window >= room else sliding_window
+    # The kernel has the model's order, tokens last: where that is what a caller turned round, nothing is left of it.
+    q = jnp.moveaxis(q, 0, -1)
+    found = jax.ffi.ffi_call("eejax_paged_attention", jax.ShapeDtypeStruct(q.shape, q.dtype))(
+        q,
+        k_pages,
+        v_pages,
+        *integers,
+        layer=np.int64(layer),
+        scale=np.float64(q.shape[1] ** -0.5 if scale is None else scale),
+        window=np.int64(window),
+    )
+    return jnp.moveaxis(found, -1, 0)
