@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -141,24 +142,23 @@ class Workload:
         return {"name": self.name, "requests": [dataclasses.asdict(one) for one in self.requests]}
 
 
-def _b1(random: np.random.Generator) -> list[tuple[int, int]]:
-    del random
-    return [(64, 128)]
-
-
-def _b32(random: np.random.Generator) -> list[tuple[int, int]]:
-    prompts = random.integers(16, 129, 32)
-    answers = np.clip(random.lognormal(3.9, 1.0, 32), 8, 256)
+def _drawn(random: np.random.Generator, count: int) -> list[tuple[int, int]]:
+    prompts = random.integers(16, 129, count)
+    answers = np.clip(random.lognormal(3.9, 1.0, count), 8, 256)
     return [(int(prompt), int(answer)) for prompt, answer in zip(prompts, answers, strict=True)]
 
 
-WORKLOADS = {"b1": _b1, "b32": _b32}
-"""Prompt and answer lengths. b1: one request, 64 tokens in, 128 out. b32: 32 requests, 16 to 128 tokens in, uniform,
-and 8 to 256 out, log-normal with a median of 50."""
+WORKLOADS: dict[str, Callable[[np.random.Generator], list[tuple[int, int]]]] = {
+    "b1": lambda _: [(64, 128)],
+    "b8": functools.partial(_drawn, count=8),
+    "b32": functools.partial(_drawn, count=32),
+}
+"""Prompt and answer lengths. b1: one request, 64 tokens in, 128 out. b8 and b32: so many requests, 16 to 128 tokens in,
+uniform, and 8 to 256 out, log-normal with a median of 50."""
 
 
 def make_workload(name: str, config: ModelConfig, seed: int) -> Workload:
-    """`b1` or `b32` of seeded random tokens, or the requests of a JSON file.
+    """`b1`, `b8` or `b32` of seeded random tokens, or the requests of a JSON file.
 
     The file holds `{"requests": [{"prompt": [token, ...], "max_new": tokens}, ...]}`.
 

@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
         "--workload",
         type=names,
         default=tuple(WORKLOADS),
-        help='b1, b32, or JSON files of {"requests": [{"prompt": [token, ...], "max_new": tokens}, ...]} (b1,b32)',
+        help='b1, b8, b32, or JSON files of {"requests": [{"prompt": [token, ...], "max_new": tokens}, ...]} (b1,b32)',
     )
     found.add_argument("--peer", type=names, default=tuple(peers), help=f"some of {','.join(peers)} (all)")
     found.add_argument("--peer-python", action="append", default=[], metavar="NAME=PATH", help="a peer's interpreter")

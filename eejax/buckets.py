@@ -16,13 +16,12 @@ def bucket_of(count: int, smallest: int = 1) -> int:
 def segment_buckets(bucket: int, compacts: bool) -> tuple[int, ...]:
     """Row counts that a segment may run with in a batch of `bucket` rows, ascending: `bucket` alone without compaction.
 
-    Halves down to an eighth, but not below 4 rows in larger batches. Below that the weights decide what a block costs,
-    not the rows (`python -m bench buckets`), and every bucket is compiled for every block.
+    Halves down to an eighth. Below that the weights decide what a block costs, not the rows (`python -m bench
+    buckets`), and every bucket is compiled for every block.
     """
     if not compacts:
         return (bucket,)
-    least = max(1, bucket // 8, min(4, bucket // 2))
-    return tuple(size for shift in range(3, -1, -1) if (size := bucket >> shift) >= least)
+    return tuple(sorted({max(1, bucket >> shift) for shift in range(4)}))
 
 
 def segment_bucket(bucket: int, compacts: bool, count: int) -> int:

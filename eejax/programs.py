@@ -143,7 +143,7 @@ class ProgramFiles:
                     with contextlib.suppress(OSError):
                         part.unlink()
                     raise
-        except (OSError, ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
+        except Exception as error:  # programs with host callbacks, for instance, are no files
             log.info("%s was not kept: %s", path, error)
 
 

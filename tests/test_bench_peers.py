@@ -82,9 +82,9 @@ def test_random_models_open_everywhere(model: PeerModel, tmp_path: Path) -> None
 
 
 def test_workloads() -> None:
-    one, many = (make_workload(name, TINY, seed=0) for name in ("b1", "b32"))
+    one, some, many = (make_workload(name, TINY, seed=0) for name in ("b1", "b8", "b32"))
     assert [(len(request.prompt), request.max_new) for request in one.requests] == [(64, 128)]
-    assert len(many.requests) == 32
+    assert (len(some.requests), len(many.requests)) == (8, 32)
     assert {16 <= len(request.prompt) <= 128 and 8 <= request.max_new <= 256 for request in many.requests} == {True}
     assert min(token for request in many.requests for token in request.prompt) >= 300
     assert make_workload("b32", TINY, seed=0) == many != make_workload("b32", TINY, seed=1)
@@ -103,8 +103,8 @@ def test_workloads() -> None:
         ('{"requests": [{"prompt": [5], "max_new": 512}]}', "1 \\+ 512 .* takes 512"),
         ('{"requests": [{"max_new": 512}]}', "prompt"),
         ('{"requests": []}', "no requests"),
-        ("[]", "neither b1 nor b32"),
-        (None, "neither b1 nor b32"),
+        ("[]", "neither b1 nor b8 nor b32"),
+        (None, "neither b1 nor b8 nor b32"),
     ],
 )
 def test_workloads_that_cannot_be(tmp_path: Path, text: str | None, message: str) -> None:

@@ -399,9 +399,7 @@ def test_finished_rows_no_longer_count(runner):
 
 def test_segments_run_in_the_smallest_bucket():
     assert segment_buckets(1, True) == (1,)
-    assert segment_buckets(2, True) == (1, 2)
-    assert segment_buckets(4, True) == (2, 4)
-    assert segment_buckets(8, True) == (4, 8)
+    assert segment_buckets(8, True) == (1, 2, 4, 8)
     assert segment_buckets(32, True) == (4, 8, 16, 32)
     assert [segment_bucket(32, True, n) for n in (1, 4, 5, 16, 17, 32)] == [4, 4, 8, 16, 32, 32]
     for bucket in (1, 8, 32):

@@ -72,9 +72,33 @@ INLINE void inner_products(
     }
 }
 
+/* The n columns of x one behind another, normed if they are to be. */
+INLINE void turn(const Product* p, int n) {
+  int64_t depth = p->depth, stride = stride_of(p);
+  /* Four sums a column, so that one addition does not wait for the last. */
+  float sums[4][NARROW] = {{0}};
+  for (int64_t k = 0; k < depth; k++)
+#pragma GCC unroll 8
+    for (int c = 0; c < n; c++) {
+      float value = p->x[k * n + c];
+      sums[k % 4][c] += value * value;
+      p->scratch[c * stride + k] = value;
+    }
+  if (!p->norm) return;
+  for (int c = 0; c < n; c++) {
+    float factor = 1 / sqrtf((sums[0][c] + sums[1][c] + sums[2][c] + sums[3][c]) / depth + p->eps);
+    float* column = p->scratch + c * stride;
+    int64_t k = 0;
+    for (; k + VL <= depth; k += VL) store(column + k, load(column + k) * splat(factor) * load(p->norm + k));
+    for (; k < depth; k++) column[k] *= factor * p->norm[k];
+  }
+}
+
+typedef void Turn(const Product* p);
 typedef void Rows(const Product* p, const float* weight, const float* residual, float* out, int64_t rows);
 
 #define NARROW_ROWS(n, m)                                                                                     \
+  static void turn_##n(const Product* p) { turn(p, n); }                                                      \
   static void narrow_##n(                                                                                     \
       const Product* p, const float* weight, const float* residual, float* out, int64_t rows) {               \
     const float* x = copies(p) ? p->scratch : p->x;                                                           \
@@ -103,26 +127,9 @@ NARROW_ROWS(6, 2)
 NARROW_ROWS(7, 1)
 NARROW_ROWS(8, 1)
 #endif
+static Turn* const turns[] = {turn_1, turn_2, turn_3, turn_4, turn_5, turn_6, turn_7, turn_8};
 static Rows* const narrow_rows[] = {
     narrow_1, narrow_2, narrow_3, narrow_4, narrow_5, narrow_6, narrow_7, narrow_8};
-
-/* What the norm multiplies column c with. */
-static float factor_of(const Product* p, int64_t c) {
-  float sum = 0;
-  for (int64_t k = 0; k < p->depth; k++) sum += p->x[k * p->columns + c] * p->x[k * p->columns + c];
-  return 1 / sqrtf(sum / p->depth + p->eps);
-}
-
-static void turn(const Product* p) {
-  float factors[NARROW];
-  if (p->norm)
-    for (int64_t c = 0; c < p->columns; c++) factors[c] = factor_of(p, c);
-  for (int64_t k = 0; k < p->depth; k++)
-    for (int64_t c = 0; c < p->columns; c++) {
-      float value = p->x[k * p->columns + c];
-      p->scratch[c * stride_of(p) + k] = p->norm ? value * factors[c] * p->norm[k] : value;
-    }
-}
 
 /* --- panels --- */
 
@@ -290,7 +297,7 @@ XLA_FFI_Error* eejax_linear(XLA_FFI_CallFrame* call) {
   int narrow = p.columns <= NARROW;
   if (copies(&p)) {
     if (narrow)
-      turn(&p);
+      turns[p.columns - 1](&p);
     else
       parallel_for(call, (p.columns + PANEL - 1) / PANEL, copy_panel, &p);
   }
