@@ -93,8 +93,11 @@ class ProgramFiles:
         return self._named(kind, bucket, _sources(), self.model)
 
     def path_by_text(self, kind: str, bucket: int, lowered: jax.stages.Lowered) -> Path:
-        """The file by what the program says, for sources that differ and come to the same."""
-        return self._named(kind, bucket, lowered.as_text(), repr((lowered.in_tree, lowered.out_tree)))
+        """The file by what the program says, for sources that differ and come to the same.
+
+        Arguments that it does not read are not in its text, but must have the shapes it was lowered for.
+        """
+        return self._named(kind, bucket, lowered.as_text(), repr((lowered.args_info, lowered.out_tree)))
 
     def _named(self, kind: str, bucket: int, *made_of: str) -> Path:
         system = (

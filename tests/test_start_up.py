@@ -92,6 +92,21 @@ def test_files_are_for_what_they_were_made_of(tmp_path: Path, monkeypatch: pytes
     assert ProgramFiles.of(config, params, "a") is None
 
 
+def test_a_program_is_for_the_shapes_of_arguments_that_it_does_not_read(tmp_path: Path) -> None:
+    """Its text does not show them: a model without exits and one with two have the same prefill, say."""
+    use_compilation_cache()
+
+    def lower(unread: int) -> Callable[[], jax.stages.Lowered]:
+        arguments = jnp.zeros((unread, 4)), jnp.zeros(3)
+        return lambda: jax.jit(lambda _, x: {"out": x * 7.75}).lower(*arguments)
+
+    assert of(Compiled(files(tmp_path, "none")), lower(0))[0] == COMPILED
+    _, program = of(Compiled(files(tmp_path, "two")), lower(2))
+    program(jnp.zeros((2, 4)), jnp.zeros(3))
+    _, program = of(Compiled(files(tmp_path, "two")), lower(2))
+    program(jnp.zeros((2, 4)), jnp.zeros(3))
+
+
 def test_a_damaged_file_is_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     use_compilation_cache()
     of(Compiled(files(tmp_path)), lowering(1.5))
