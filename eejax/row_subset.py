@@ -51,12 +51,9 @@ class RowSubset:
         """`values` of all rows, with the subset's columns `new` in their places, `where` it says so."""
         if self.place is None:
             return jnp.where(where, new, values)
-        mine = (self.place < self.size) & self.spread(where)
-        return jnp.where(mine, self.spread(new), values)
-
-    def spread(self, new: Array) -> Array:
-        """The subset's columns `new [..., b]` in their places among all rows; those of other rows hold anything."""
-        return new if self.place is None else _columns(new, jnp.minimum(self.place, self.size - 1))
+        column = jnp.minimum(self.place, self.size - 1)
+        mine = (self.place < self.size) & _columns(where, column)
+        return jnp.where(mine, _columns(new, column), values)
 
 
 def _columns(values: Array, index: Int[Array, " n"]) -> Array:

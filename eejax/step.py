@@ -12,7 +12,6 @@ the same without cache or batch. Every function here is pure.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 
 import jax
@@ -281,16 +280,16 @@ def score(model: EarlyExitTransformer, plan: Plan, step: Step, resolved: Bool[Ar
     for layer in (config.n_layers,) if tied else config.exit_points:
         todo = resolved & ~step.scored
         todo = todo if tied else todo & (step.exit_at == layer)
-        # Without logits of an exit's test to keep, nothing has to be put together.
-        keeps = jnp.any(step.scored)
         for size, fits in each_bucket(plan.buckets, jnp.sum(todo)):
 
-            def project(step: Step, kept: bool, layer: int = layer, todo: Array = todo, size: int = size) -> Step:
+            def project(step: Step, layer: int = layer, todo: Array = todo, size: int = size) -> Step:
                 subset = RowSubset.of(todo, size)
                 logits = model.logits(layer, subset.take(step.features))
-                put = subset.put(step.logits, logits, subset.take(todo)) if kept else subset.spread(logits)
-                return replace(step, logits=put, scored=step.scored | todo).counting(heads=1, row_heads=size)
+                return replace(
+                    step,
+                    logits=subset.put(step.logits, logits, subset.take(todo)),
+                    scored=step.scored | todo,
+                ).counting(heads=1, row_heads=size)
 
-            step = run_if(fits & keeps, functools.partial(project, kept=True), step)
-            step = run_if(fits & ~keeps, functools.partial(project, kept=False), step)
+            step = run_if(fits, project, step)
     return step
