@@ -22,10 +22,20 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from eejax.config import ModelConfig, RopeScaling
-from pallas_kernels.projection import KVProjection, Norm, gated_linear, keys_values, linear, project, rms_norm, rope
+from pallas_kernels.projection import (
+    KVProjection,
+    Norm,
+    gated_linear,
+    keys_values,
+    linear,
+    project,
+    project_into,
+    rms_norm,
+    rope,
+)
 
 INIT_SCALE = 0.02
 
@@ -246,8 +256,13 @@ class EarlyExitTransformer(nnx.Module):
 
     def logits(self, layer: int, features: Float[Array, "D *N"]) -> Float[Array, "V *N"]:
         """Float32 logits at exit point `layer`."""
-        weight = self.output_matrix(layer)
-        return project(weight, features)
+        return project(self.output_matrix(layer), features)
+
+    def logits_into(
+        self, old: Float[Array, "V N"], only: Bool[Array, " N"], layer: int, features: Float[Array, "D N"]
+    ) -> Float[Array, "V N"]:
+        """`old` with the logits of those columns `only`."""
+        return project_into(old, only, self.output_matrix(layer), features)
 
     def exit_features(
         self, tokens: Int[Array, "B T"], dtype: jnp.dtype | None = None, remat: bool = False

@@ -28,6 +28,7 @@ from eejax.request import Logprob, MicroBatch, RowResult, Sequence, StepResult
 from eejax.sampling import SamplingRows, TokenLogprobs
 from eejax.scoring import Scores, check_text, score_text
 from pallas_kernels.api import check_page_ids
+from pallas_kernels.native import huge_pages
 from pallas_kernels.native.library import cache_folder
 
 DEFERRED_KV_BYTES = 2**20
@@ -74,6 +75,7 @@ class Runner:
         # Without the kernel, attention gathers pages for every token of several rows: those go one after another.
         self._prefill_rows = MAX_PREFILL_ROWS if kernels["paged_attention"].implementation == "native" else 1
         self.cache = init_cache(config.model, config.cache, dtype)
+        huge_pages.collapse(jax.tree.leaves((params, self.cache)))
         self._compiled = Compiled(ProgramFiles.of(config, params, kernels))
 
     @property

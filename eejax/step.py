@@ -284,12 +284,12 @@ def score(model: EarlyExitTransformer, plan: Plan, step: Step, resolved: Bool[Ar
 
             def project(step: Step, layer: int = layer, todo: Array = todo, size: int = size) -> Step:
                 subset = RowSubset.of(todo, size)
-                logits = model.logits(layer, subset.take(step.features))
-                return replace(
-                    step,
-                    logits=subset.put(step.logits, logits, subset.take(todo)),
-                    scored=step.scored | todo,
-                ).counting(heads=1, row_heads=size)
+                features = subset.take(step.features)
+                if size == len(todo):  # all rows: no logits but these are written
+                    logits = model.logits_into(step.logits, todo, layer, features)
+                else:
+                    logits = subset.put(step.logits, model.logits(layer, features), subset.take(todo))
+                return replace(step, logits=logits, scored=step.scored | todo).counting(heads=1, row_heads=size)
 
             step = run_if(fits, project, step)
     return step

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.implementation import resolve
 from pallas_kernels.native import ops as native
@@ -60,6 +60,16 @@ def _product(weight: Float[Array, "o i"], x: Float[Array, "i *N"]) -> Float[Arra
 def project(weight: Float[Array, "o i"], x: Float[Array, "i *N"]) -> Float[Array, "o *N"]:
     """`weight @ x`, multiplied in the weight's dtype, summed in float32 and returned so."""
     return _product(weight, x.astype(weight.dtype))
+
+
+def project_into(
+    old: Float[Array, "o N"], only: Bool[Array, " N"], weight: Float[Array, "o i"], x: Float[Array, "i N"]
+) -> Float[Array, "o N"]:
+    """`old` with `project(weight, x)` in those columns `only`. For inference: it has no derivative."""
+    low = x.astype(weight.dtype)
+    if resolve("auto", {"native": lambda: native.linear_refusal(weight, low, old)}) == "native":
+        return native.linear_into(old, only, weight, low)
+    return jnp.where(only, dot(weight, low), old)
 
 
 def _project_forward(weight: Array, x: Array) -> tuple[Array, tuple[Array, Array, Array]]:

@@ -79,6 +79,19 @@ def test_products_without_elements(rows, depth, columns):
 
 
 @needs_native
+@pytest.mark.parametrize(("rows", "depth"), [(37, 29), (300, 51), (0, 5), (4, 0)])
+def test_products_into_some_columns_leave_the_others_as_they_are(rows, depth):
+    into = jax.jit(ops.linear_into, donate_argnums=0)
+    for columns in (1, 3, 8, 9, 16, 17, 32, 33, 100):
+        weight, x, old = normal(rows, depth), normal(depth, columns, seed=1), normal(rows, columns, seed=2)
+        only = np.random.default_rng(columns).random(columns) < 0.5
+        expected = np.where(only, weight @ x, old)
+        np.testing.assert_allclose(into(jnp.asarray(old), only, weight, x), expected, rtol=0, atol=1e-4)
+        if rows and depth:
+            np.testing.assert_array_equal(into(jnp.asarray(old), only, weight, x)[:, ~only], old[:, ~only])
+
+
+@needs_native
 def test_no_queries():
     pages = jnp.ones((1, 2, 1, 8, 16))
     none = jnp.zeros(0, jnp.int32)

@@ -15,12 +15,14 @@ themselves (decoding) take inner products along C instead. */
 #define FEW 8
 #define MAX_DIM 256
 #define SLOTS 64
+/* Floats of a line of the cache. */
+#define LINE 16
 
 typedef struct {
   const float *q, *k_pages, *v_pages;
   const int32_t *page_table, *rows, *positions;
   float* out;
-  int64_t tokens, heads, dim, kv_heads, page_size, pages, table_width, window, block;
+  int64_t tokens, heads, dim, kv_heads, page_size, pages, table_width, window, block, blocks;
   float scale;
 } Attention;
 
@@ -45,6 +47,21 @@ INLINE Page page_at(const Attention* a, int64_t row, int64_t head, int64_t numbe
 
 /* --- a few queries of one token: `count` heads of the group from `h` on --- */
 
+/* What will be read after the keys and values of this page: the keys of the next one, or of the next item. */
+INLINE Page page_after(const Attention* a, int64_t token, int64_t kv_head, int64_t number) {
+  if (number == a->positions[token] / a->page_size) {
+    number = 0;
+    if (++token == a->tokens) token = 0, kv_head++;
+    if (kv_head == a->kv_heads || a->positions[token] < 0) return (Page){0};
+  }
+  return page_at(a, a->rows[token], kv_head, number, 0, a->positions[token]);
+}
+
+/* Slot `slot` of keys or values, into the second-level cache. */
+INLINE void fetch(const float* from, int64_t slot, int64_t dim) {
+  for (int64_t c = 0; c < dim; c += LINE) __builtin_prefetch(from + slot * dim + c, 0, 2);
+}
+
 INLINE void few(const Attention* a, int64_t token, int64_t kv_head, int64_t h, int count, int64_t dim) {
   int64_t row = a->rows[token], last = a->positions[token], vectors = dim / VL;
   int64_t first = a->window > 0 ? MAX(last - a->window + 1, 0) : 0;
@@ -53,7 +70,8 @@ INLINE void few(const Attention* a, int64_t token, int64_t kv_head, int64_t h, i
   float top[FEW], total[FEW];
   for (int g = 0; g < count; g++) top[g] = -INFINITY, total[g] = 0;
   for (int64_t number = first / a->page_size; number <= last / a->page_size; number++) {
-    Page whole = page_at(a, row, kv_head, number, first, last);
+    Page whole = page_at(a, row, kv_head, number, first, last), after = page_after(a, token, kv_head, number);
+    int seen = whole.end - whole.begin, pace = (after.end + seen - 1) / seen;
     for (int from = whole.begin; from < whole.end; from += SLOTS) {
       int size = MIN(SLOTS, whole.end - from);
       float scores[FEW][SLOTS + VL];
@@ -70,7 +88,7 @@ INLINE void few(const Attention* a, int64_t token, int64_t kv_head, int64_t h, i
         }
 #pragma GCC unroll 8
         for (int g = 0; g < count; g++) scores[g][s] = sum_of(products[g]);
-        __builtin_prefetch(whole.v + (from + s) * dim, 0, 3);
+        fetch(whole.v, from + s, dim);
       }
 #pragma GCC unroll 8
       for (int g = 0; g < count; g++) {
@@ -102,6 +120,8 @@ INLINE void few(const Attention* a, int64_t token, int64_t kv_head, int64_t h, i
           for (int s = 0; s < size; s++) {
             vec value = load(whole.v + (from + s) * dim + c * VL);
             vec next = load(whole.v + (from + s) * dim + (c + 1) * VL);
+            int slot = (from - whole.begin + s) * pace;
+            for (int i = slot; !c && i < MIN(slot + pace, after.end); i++) fetch(after.k, i, dim);
 #pragma GCC unroll 8
             for (int g = 0; g < count; g++) {
               vec weight = splat(scores[g][s]);
@@ -268,10 +288,10 @@ static void tile(const Attention* a, int64_t begin, int64_t end, int64_t kv_head
 
 /* --- work --- */
 
-/* One K/V head of one block of tokens. */
+/* One K/V head of one block of tokens; tokens in order, since neighbours' queries share lines. */
 static void item(int64_t number, void* argument) {
   const Attention* a = argument;
-  int64_t kv_head = number % a->kv_heads, token = number / a->kv_heads * a->block;
+  int64_t kv_head = number / a->blocks, token = number % a->blocks * a->block;
   int64_t stop = MIN(token + a->block, a->tokens), group = a->heads / a->kv_heads, dim = a->dim;
   while (token < stop) {
     if (a->positions[token] < 0) {
@@ -324,10 +344,10 @@ XLA_FFI_Error* eejax_paged_attention(XLA_FFI_CallFrame* call) {
   a.v_pages = (const float*)v->data + offset;
   int64_t group = a.heads / a.kv_heads;
   a.block = MAX(TILE / group, 1);
-  int64_t blocks = (a.tokens + a.block - 1) / a.block;
+  a.blocks = (a.tokens + a.block - 1) / a.block;
   /* Decoding: a row by itself, since one may be much longer than the others. Threads must not decide it: a token's
   result is the same to the bit however many there are. */
-  if (blocks * a.kv_heads < 32) a.block = 1, blocks = a.tokens;
-  parallel_for(call, blocks * a.kv_heads, item, &a);
+  if (a.blocks * a.kv_heads < 32) a.block = 1, a.blocks = a.tokens;
+  parallel_for(call, a.blocks * a.kv_heads, item, &a);
   return NULL;
 }

@@ -12,6 +12,8 @@ where x has more columns than one panel. Both keep a tile of results in register
 /* Columns up to which inner products are used: a panel would be mostly empty. */
 #define NARROW 8
 #define PANEL (2 * VL)
+/* Panels that are copied together, so that longer runs of x's rows are read. */
+#define GROUP 2
 /* Bytes of weight of one work item: fits the second-level cache beside a panel of x. */
 #define ITEM_BYTES (256 * 1024)
 /* A tile of panels holds TALL x 2 vectors or TALLER x 1. */
@@ -25,6 +27,8 @@ where x has more columns than one panel. Both keep a tile of results in register
 
 typedef struct {
   const float *weight, *x, *norm, *residual;
+  /* Not zero where a column is to be written, one panel wide at least; NULL: all are. */
+  const int32_t* only;
   float *out, *gates, *scratch;
   int64_t rows, depth, columns, rows_of_item;
   float eps;
@@ -43,7 +47,15 @@ INLINE int copies(const Product* p) {
 
 /* `m` rows of the weight by `n` columns of x, turned round. */
 INLINE void inner_products(
-    const float* weight, const float* x, const float* residual, float* out, int64_t depth, int64_t stride, int m, int n) {
+    const float* weight,
+    const float* x,
+    const float* residual,
+    const int32_t* only,
+    float* out,
+    int64_t depth,
+    int64_t stride,
+    int m,
+    int n) {
   vec sums[REGISTERS];
 #pragma GCC unroll 32
   for (int i = 0; i < m * n; i++) sums[i] = (vec){0};
@@ -68,6 +80,7 @@ INLINE void inner_products(
     for (int c = 0; c < n; c++) {
       float sum = sum_of(sums[r * n + c]);
       for (int64_t rest = k; rest < depth; rest++) sum += weight[r * depth + rest] * x[c * stride + rest];
+      if (only && !only[c]) continue;
       out[r * n + c] = residual ? residual[r * n + c] + sum : sum;
     }
 }
@@ -97,16 +110,17 @@ INLINE void turn(const Product* p, int n) {
 typedef void Turn(const Product* p);
 typedef void Rows(const Product* p, const float* weight, const float* residual, float* out, int64_t rows);
 
-#define NARROW_ROWS(n, m)                                                                                     \
-  static void turn_##n(const Product* p) { turn(p, n); }                                                      \
-  static void narrow_##n(                                                                                     \
-      const Product* p, const float* weight, const float* residual, float* out, int64_t rows) {               \
-    const float* x = copies(p) ? p->scratch : p->x;                                                           \
-    int64_t o = 0, depth = p->depth, stride = stride_of(p);                                                   \
-    for (; o + m <= rows; o += m)                                                                             \
-      inner_products(weight + o * depth, x, residual ? residual + o * n : NULL, out + o * n, depth, stride, m, n); \
-    for (; o < rows; o++)                                                                                     \
-      inner_products(weight + o * depth, x, residual ? residual + o * n : NULL, out + o * n, depth, stride, 1, n); \
+#define NARROW_TILES(m, n)                                                                                   \
+  for (; o + m <= rows; o += m)                                                                              \
+    inner_products(weight + o * depth, x, residual ? residual + o * n : NULL, p->only, out + o * n, depth, stride, m, n);
+#define NARROW_ROWS(n, m)                                                                       \
+  static void turn_##n(const Product* p) { turn(p, n); }                                        \
+  static void narrow_##n(                                                                       \
+      const Product* p, const float* weight, const float* residual, float* out, int64_t rows) { \
+    const float* x = copies(p) ? p->scratch : p->x;                                             \
+    int64_t o = 0, depth = p->depth, stride = stride_of(p);                                     \
+    NARROW_TILES(m, n)                                                                          \
+    NARROW_TILES(1, n)                                                                          \
   }
 #if REGISTERS == 32
 NARROW_ROWS(1, 8)
@@ -133,17 +147,20 @@ static Rows* const narrow_rows[] = {
 
 /* --- panels --- */
 
-/* `m` rows of the weight by a panel of `n` vectors, of which `width` columns exist; rows of out are `columns` apart. */
+/* `m` rows of the weight by a panel of `n` vectors, of which `width` columns exist; rows of out are `columns` apart.
+`fetch`: the weight is not in the cache yet. */
 INLINE void broadcast_products(
     const float* weight,
     const float* x,
     const float* residual,
+    const int32_t* only,
     float* out,
     int64_t depth,
     int64_t columns,
     int64_t width,
     int m,
-    int n) {
+    int n,
+    int fetch) {
   vec sums[REGISTERS];
   int64_t stride = n * VL, whole = depth / VL * VL;
 #pragma GCC unroll 32
@@ -165,9 +182,10 @@ INLINE void broadcast_products(
     for (int k = 0; k < VL; k++) {
       vec row[2];
       /* m lines a block, spread over it. */
+      if (fetch)
 #pragma GCC unroll 2
-      for (int line = k * m / VL; line < (k + 1) * m / VL; line++)
-        __builtin_prefetch(ahead + block * m + line * VL, 0, 2);
+        for (int line = k * m / VL; line < (k + 1) * m / VL; line++)
+          __builtin_prefetch(ahead + block * m + line * VL, 0, 2);
 #pragma GCC unroll 2
       for (int c = 0; c < n; c++) row[c] = load(x + (block + k) * stride + c * VL);
 #pragma GCC unroll 32
@@ -188,68 +206,80 @@ INLINE void broadcast_products(
   for (int r = 0; r < m; r++) {
     float line[PANEL];
     float* to = is_whole ? out + r * columns : line;
-    if (residual && !is_whole) memcpy(line, residual + r * columns, width * sizeof(float));
-    const float* add = is_whole ? residual + r * columns : line;
+    const float* other = residual ? residual : out; /* What is added, or else kept. */
+    if ((residual || only) && !is_whole) memcpy(line, other + r * columns, width * sizeof(float));
+    const float* add = is_whole ? other + r * columns : line;
 #pragma GCC unroll 2
     for (int c = 0; c < n; c++) {
       vec sum = sums[r * n + c];
       if (residual) sum += load(add + c * VL);
+      if (only) sum = pick(*(const ivec*)(only + c * VL) != 0, sum, load(add + c * VL));
       store(to + c * VL, sum);
     }
     if (!is_whole) memcpy(out + r * columns, line, width * sizeof(float));
   }
 }
 
-#define PANEL_ROWS(name, tall, n)                                                                                  \
-  static void name(const Product* p, const float* weight, const float* x, const float* residual, float* out,       \
-                   int64_t rows, int64_t width) {                                                                  \
-    int64_t o = 0, depth = p->depth, columns = p->columns;                                                         \
-    for (; o + tall <= rows; o += tall)                                                                            \
-      broadcast_products(weight + o * depth, x, residual ? residual + o * columns : NULL, out + o * columns, depth, \
-                         columns, width, tall, n);                                                                 \
-    for (; o + 4 <= rows; o += 4)                                                                                  \
-      broadcast_products(weight + o * depth, x, residual ? residual + o * columns : NULL, out + o * columns, depth, \
-                         columns, width, 4, n);                                                                    \
-    for (; o < rows; o++)                                                                                          \
-      broadcast_products(weight + o * depth, x, residual ? residual + o * columns : NULL, out + o * columns, depth, \
-                         columns, width, 1, n);                                                                    \
+#define PANEL_TILES(m, n, fetch)                                                                              \
+  for (; o + m <= rows; o += m)                                                                               \
+    broadcast_products(weight + o * depth, x, residual ? residual + o * columns : NULL, only,                 \
+                       out + o * columns, depth, columns, width, m, n, fetch);
+#define PANEL_ROWS(name, tall, n, fetch)                                                                      \
+  static void name(const Product* p, const float* weight, const float* x, const float* residual, const int32_t* only, \
+                   float* out, int64_t rows, int64_t width) {                                                 \
+    int64_t o = 0, depth = p->depth, columns = p->columns;                                                    \
+    PANEL_TILES(tall, n, fetch)                                                                               \
+    PANEL_TILES(4, n, fetch)                                                                                  \
+    PANEL_TILES(1, n, fetch)                                                                                  \
   }
-PANEL_ROWS(wide_panel, TALL, 2)
-PANEL_ROWS(slim_panel, TALLER, 1)
+PANEL_ROWS(slim_panel, TALLER, 1, 1)
+PANEL_ROWS(wide_panel, TALL, 2, 1)
+PANEL_ROWS(next_panel, TALL, 2, 0)
 
 static void panel_rows(const Product* p, const float* weight, const float* residual, float* out, int64_t rows) {
   for (int64_t from = 0; from < p->columns; from += PANEL) {
     int64_t width = MIN(p->columns - from, PANEL);
     const float* x = copies(p) ? p->scratch + from * p->depth : p->x;
-    (width <= VL ? slim_panel : wide_panel)(
-        p, weight, x, residual ? residual + from : NULL, out + from, rows, width);
+    (width <= VL ? slim_panel : from ? next_panel : wide_panel)(
+        p, weight, x, residual ? residual + from : NULL, p->only ? p->only + from : NULL, out + from, rows, width);
   }
 }
 
-/* A panel of x, normed if it is to be, filled up with zeros. */
-static void copy_panel(int64_t item, void* argument) {
+/* `width` columns of a line of x, filled up with zeros. */
+INLINE void copy_line(float* to, const float* x, int64_t width, int n, vec* sums) {
+  float padded[PANEL] = {0};
+  if (width < n * VL) x = memcpy(padded, x, width * sizeof(float));
+#pragma GCC unroll 2
+  for (int c = 0; c < n; c++) {
+    vec value = load(x + c * VL);
+    sums[c] += value * value;
+    store(to + c * VL, value);
+  }
+}
+
+/* Some panels of x, normed if they are to be, filled up with zeros. */
+static void copy_panels(int64_t item, void* argument) {
   const Product* p = argument;
-  int64_t from = item * PANEL, left = p->columns - from, stride = left <= VL ? VL : PANEL, width = MIN(left, stride);
-  float* to = p->scratch + from * p->depth;
-  const float* x = p->x + from;
-  vec sums[2] = {{0}, {0}};
-  for (int64_t k = 0; k < p->depth; k++) {
-    float line[PANEL] = {0};
-    memcpy(line, x + k * p->columns, width * sizeof(float));
-    for (int c = 0; c * VL < stride; c++) {
-      vec value = load(line + c * VL);
-      sums[c] += value * value;
-      store(to + k * stride + c * VL, value);
-    }
+  int64_t begin = item * GROUP * PANEL, end = MIN(begin + GROUP * PANEL, p->columns), depth = p->depth;
+  int64_t whole = (end - begin) / PANEL, left = (end - begin) % PANEL;
+  float *to = p->scratch + begin * depth, *rest = to + whole * PANEL * depth;
+  vec sums[GROUP * 2] = {{0}};
+  for (int64_t k = 0; k < depth; k++) {
+    const float* x = p->x + k * p->columns + begin;
+    for (int64_t i = 0; i < whole; i++) copy_line(to + (i * depth + k) * PANEL, x + i * PANEL, PANEL, 2, sums + i * 2);
+    if (left > VL) copy_line(rest + k * PANEL, x + whole * PANEL, left, 2, sums + whole * 2);
+    else if (left) copy_line(rest + k * VL, x + whole * PANEL, left, 1, sums + whole * 2);
   }
   if (!p->norm) return;
-  for (int c = 0; c * VL < stride; c++)
-    for (int i = 0; i < VL; i++) sums[c][i] = 1 / sqrtf(sums[c][i] / p->depth + p->eps);
-  for (int64_t k = 0; k < p->depth; k++)
-    for (int c = 0; c * VL < stride; c++) {
-      float* at = to + k * stride + c * VL;
-      store(at, load(at) * sums[c] * splat(p->norm[k]));
-    }
+  int64_t vectors = whole * 2 + (left + VL - 1) / VL;
+  for (int64_t c = 0; c < vectors; c++)
+    for (int i = 0; i < VL; i++) sums[c][i] = 1 / sqrtf(sums[c][i] / depth + p->eps);
+  for (int64_t c = 0; c < vectors; c += 2) {
+    int n = MIN(vectors - c, 2);
+    float* at = to + c * VL * depth;
+    for (int64_t k = 0; k < depth; k++, at += n * VL)
+      for (int i = 0; i < n; i++) store(at + i * VL, load(at + i * VL) * sums[c + i] * splat(p->norm[k]));
+  }
 }
 
 /* --- work --- */
@@ -272,17 +302,18 @@ static void item(int64_t number, void* argument) {
   for (; i < count; i++) out[i] *= silu(splat(gates[i]))[0];
 }
 
-/* Operands weight, x, norm (of no elements where there is none), residual (likewise); results out and scratch;
-attributes eps, gated. */
+/* Operands weight, x, norm (of no elements where there is none), residual (likewise), only (likewise; then residual and
+out are one, and what is not written is kept); results out and scratch; attributes eps, gated. */
 XLA_FFI_Error* eejax_linear(XLA_FFI_CallFrame* call) {
   if (is_question(call)) return NULL;
   const XLA_FFI_Buffer *weight = argument(call, 0), *x = argument(call, 1), *norm = argument(call, 2);
-  const XLA_FFI_Buffer *residual = argument(call, 3), *out = result(call, 0);
+  const XLA_FFI_Buffer *residual = argument(call, 3), *only = argument(call, 4), *out = result(call, 0);
   Product p = {
       .weight = weight->data,
       .x = x->data,
       .norm = norm->dims[0] ? norm->data : NULL,
-      .residual = residual->dims[0] ? residual->data : NULL,
+      .residual = residual->dims[0] && !only->dims[0] ? residual->data : NULL,
+      .only = only->dims[0] ? only->data : NULL,
       .out = out->data,
       .scratch = result(call, 1)->data,
       .rows = out->dims[0],
@@ -299,7 +330,7 @@ XLA_FFI_Error* eejax_linear(XLA_FFI_CallFrame* call) {
     if (narrow)
       turns[p.columns - 1](&p);
     else
-      parallel_for(call, (p.columns + PANEL - 1) / PANEL, copy_panel, &p);
+      parallel_for(call, (p.columns + GROUP * PANEL - 1) / (GROUP * PANEL), copy_panels, &p);
   }
   /* Several items a thread, so that one who is held up leaves its share to others; but no tiny ones. */
   int64_t row_bytes = MAX(p.depth, 1) * (int64_t)sizeof(float) * (p.gates ? 2 : 1);

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.native import library
 
@@ -41,15 +41,34 @@ def linear(
     rows = weight.shape[0] // (2 if gated else 1)
     if not (rows and depth and count):
         return jnp.zeros((rows, count), jnp.float32) if residual is None else residual
+    return _call_linear(weight, x, norm, residual, None, eps, gated)
+
+
+def linear_into(
+    old: Float[Array, "o N"], only: Bool[Array, " N"], weight: Float[Array, "o i"], x: Float[Array, "i N"]
+) -> Float[Array, "o N"]:
+    """`old` with `weight @ x` in those columns `only`. In place where XLA needs `old` no more."""
+    if not (old.size and x.size):
+        return jnp.where(only, 0.0, old)
+    columns = jnp.pad(only.astype(jnp.int32), (0, -only.shape[0] % PANEL))
+    return _call_linear(weight, x, None, old, columns, 0.0, False)
+
+
+def _call_linear(
+    weight: Array, x: Array, norm: Array | None, residual: Array | None, only: Array | None, eps: float, gated: bool
+) -> Array:
+    (depth, count), rows = x.shape, weight.shape[0] // (2 if gated else 1)
     scratch = (depth + PANEL) * (-(-count // PANEL) * PANEL) + (rows * count if gated else 0)
     shapes = jax.ShapeDtypeStruct((rows, count), jnp.float32), jax.ShapeDtypeStruct((scratch,), jnp.float32)
-    call = jax.ffi.ffi_call("eejax_linear", shapes, vmap_method="sequential")
+    aliases = None if only is None else {3: 0}
+    call = jax.ffi.ffi_call("eejax_linear", shapes, input_output_aliases=aliases, vmap_method="sequential")
     none = jnp.zeros((0,), jnp.float32)
     return call(
         weight,
         x,
         none if norm is None else norm,
         none if residual is None else residual,
+        jnp.zeros((0,), jnp.int32) if only is None else only,
         eps=np.float64(eps),
         gated=np.int64(gated),
     )[0]
