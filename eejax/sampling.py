@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from eejax.params import MAX_LOGPROBS
+from pallas_kernels.implementation import resolve
+from pallas_kernels.native import ops as native
 
 
 @jax.tree_util.register_dataclass
@@ -39,7 +41,10 @@ class TokenLogprobs:
 
 
 def argmax(logits: Float[Array, "V B"]) -> Int[Array, " B"]:
-    """Lowest id of the largest logit. Two plain reductions: XLA:CPU vectorises them, unlike its own argmax."""
+    """Lowest id of the largest logit."""
+    if resolve("auto", {"native": lambda: native.argmax_refusal(logits)}) == "native":
+        return native.argmax(logits)
+    # Two plain reductions: XLA:CPU vectorises them, unlike its own argmax.
     ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 0)
     first = jnp.min(jnp.where(logits == jnp.max(logits, axis=0), ids, logits.shape[0]), axis=0)
     return jnp.minimum(first, logits.shape[0] - 1)  # all-NaN logits still yield a valid id

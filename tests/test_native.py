@@ -92,6 +92,27 @@ def test_products_into_some_columns_leave_the_others_as_they_are(rows, depth):
 
 
 @needs_native
+@pytest.mark.parametrize("values", [3, 1000], ids=["many equals", "few equals"])
+def test_argmax_takes_the_first_of_equals(values):
+    assert ops.argmax_refusal(jnp.ones((2, 2))) is None
+    rng = np.random.default_rng(values)
+    for rows in (1, 7, 64, 65, 5003):
+        for columns in (1, 2, 3, 4, 8, 9, 16, 17, 32, 47):
+            x = rng.integers(-values, values, (rows, columns)).astype(np.float32)
+            np.testing.assert_array_equal(ops.argmax(x), x.argmax(axis=0), f"{rows} by {columns}")
+
+
+@needs_native
+def test_argmax_of_no_number_is_a_row_all_the_same():
+    x = np.full((300, 5), -np.inf, np.float32)
+    np.testing.assert_array_equal(ops.argmax(x), np.zeros(5))
+    np.testing.assert_array_equal(ops.argmax(np.full_like(x, np.nan)), np.zeros(5))
+    x[7, 2] = np.nan
+    x[200, 2] = -1
+    np.testing.assert_array_equal(ops.argmax(x), [0, 0, 200, 0, 0])
+
+
+@needs_native
 def test_no_queries():
     pages = jnp.ones((1, 2, 1, 8, 16))
     none = jnp.zeros(0, jnp.int32)
@@ -106,6 +127,7 @@ def test_other_types_are_refused(dtypes):
     assert all(part in ops.linear_refusal(weight, x) for part in dtypes)
     pages = jnp.ones((1, 2, 1, 8, 16), dtypes[1])
     assert all(part in ops.attention_refusal(jnp.ones((1, 4, 16), dtypes[0]), pages) for part in dtypes)
+    assert weight.dtype == jnp.float32 or str(weight.dtype) in ops.argmax_refusal(weight)
 
 
 # --------------------------------------------------------------------------------------------------------- projections

@@ -114,3 +114,24 @@ def attention(
         window=np.int64(window),
     )
     return jnp.moveaxis(found, -1, 0)
+
+
+def argmax_refusal(x: Float[Array, "V N"]) -> str | None:
+    """Why `argmax` does not take this; None if it does. The dtype is enough."""
+    if x.dtype != jnp.float32:
+        return f"argmax is of float32, and this is {x.dtype}"
+    return library.refusal()
+
+
+def argmax(x: Float[Array, "V N"]) -> Int[Array, " N"]:
+    """The lowest row of each column's largest element; a NaN is larger than nothing."""
+    rows, columns = x.shape
+    if not x.size:
+        return jnp.zeros((columns,), jnp.int32)
+    parts = rows // 64 + 1, columns
+    shapes = (
+        jax.ShapeDtypeStruct((columns,), jnp.int32),
+        jax.ShapeDtypeStruct(parts, jnp.float32),
+        jax.ShapeDtypeStruct(parts, jnp.int32),
+    )
+    return jax.ffi.ffi_call("eejax_argmax", shapes, vmap_method="sequential")(x)[0]
