@@ -28,9 +28,10 @@ from eejax.config import ModelConfig, RopeScaling
 from pallas_kernels.projection import (
     KVProjection,
     Norm,
+    finish_keys_values,
     gated_linear,
-    keys_values,
     linear,
+    linear_pair,
     project,
     project_into,
     rms_norm,
@@ -99,9 +100,8 @@ class Block(nnx.Module):
         """The norm between attention's residual and the MLP."""
         return Norm(self.mlp_norm[...], self.config.norm_eps)
 
-    def _queries(self, x: Array, positions: Array, freq: Array) -> Float[Array, "H C *N"]:
+    def _finish_queries(self, q: Array, positions: Array, freq: Array) -> Float[Array, "H C *N"]:
         config = self.config
-        q = linear(self.wq[...], x, Norm(self.attn_norm[...], config.norm_eps))
         if config.attention_bias:
             q = q + self.bq[...].reshape(-1, *[1] * positions.ndim).astype(q.dtype)
         q = q.reshape(config.n_heads, config.head_dim, *positions.shape)
@@ -140,12 +140,15 @@ class Block(nnx.Module):
         Returns:
             Its output; the residual between attention and MLP, which `mlp` exits read; the cache.
         """
-        mine, all_x = positions, x
+        mine, norm = positions, Norm(self.attn_norm[...], self.config.norm_eps)
         if beside is not None and beside.shape[1]:
             mine = positions[: x.shape[1]]
-            all_x = jnp.concatenate([x, beside], axis=1)
-        q = self._queries(x, mine, freq)
-        k, v = keys_values(self.kv_projection, all_x, positions, freq)
+            q = linear(self.wq[...], x, norm)
+            kv = linear(self.wkv[...], jnp.concatenate([x, beside], axis=1), norm)
+        else:
+            q, kv = linear_pair(self.wq[...], self.wkv[...], x, norm)
+        q = self._finish_queries(q, mine, freq)
+        k, v = finish_keys_values(self.kv_projection, kv, positions, freq)
         o, cache = attend(q, k, v, cache)
         middle = linear(self.wo[...], o.reshape(-1, *mine.shape), residual=x)
         out = self.mlp(middle, self.norm_before_mlp)

@@ -1,4 +1,4 @@
-"""Where tokens stand in the paged cache `[L, P, K, S, C]`, and how XLA writes them there."""
+"""Where tokens stand in the paged cache `[L, P, K, S, C]`, and how they are written there."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.implementation import resolve
+from pallas_kernels.native import ops as native
 
 
 @jax.tree_util.register_dataclass
@@ -31,5 +34,8 @@ def slots_of(page_table: Int[Array, "N M"], positions: Int[Array, " N"], page_si
 
 def write(pages: Float[Array, "L P K S C"], layer: int, slots: Slots, values: Float[Array, "K C N"]) -> Array:
     """`pages` with the `values` of N tokens in block `layer`; in place when donated."""
-    values = jnp.moveaxis(values, -1, 0).astype(pages.dtype)
+    values = values.astype(pages.dtype)
+    if resolve("auto", {"native": lambda: native.write_refusal(pages, values)}) == "native":
+        return native.write(pages, layer, slots.pages, slots.offsets, values)
+    values = jnp.moveaxis(values, -1, 0)
     return pages.at[layer, slots.pages, :, slots.offsets].set(values, mode="drop")

@@ -115,6 +115,40 @@ def gated_linear(
     return _linear(norm and norm.eps, True, weight, x, norm and norm.weight, None)
 
 
+def linear_pair(
+    first: Float[Array, "o i"], second: Float[Array, "p i"], x: Float[Array, "i *N"], norm: Norm
+) -> tuple[Float[Array, "o *N"], Float[Array, "p *N"]]:
+    """`linear` of two weights and the same `x`, which is read and normed once where a kernel does it."""
+    return _linear_pair(norm.eps, first, second, x, norm.weight)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _linear_pair(eps: float, first: Array, second: Array, x: Array, norm: Array) -> tuple[Array, Array]:
+    if resolve("auto", {"native": lambda: native.linear_refusal(first, second, x, norm)}) != "native":
+        return _linear_pair_by_parts(eps, first, second, x, norm)
+    a, b = native.linear_pair(first, second, _flat(x), norm, eps)
+    return a.reshape(-1, *x.shape[1:]), b.reshape(-1, *x.shape[1:])
+
+
+def _linear_pair_by_parts(eps: float, first: Array, second: Array, x: Array, norm: Array) -> tuple[Array, Array]:
+    """The specification."""
+    h = rms_norm(norm, x, eps)
+    return project(first, h).astype(x.dtype), project(second, h).astype(x.dtype)
+
+
+def _linear_pair_forward(
+    eps: float, first: Array, second: Array, x: Array, norm: Array
+) -> tuple[tuple[Array, Array], Callable]:
+    return jax.vjp(functools.partial(_linear_pair_by_parts, eps), first, second, x, norm)
+
+
+def _linear_pair_backward(_eps: float, back: Callable, dy: tuple[Array, Array]) -> tuple:
+    return back(dy)
+
+
+_linear_pair.defvjp(_linear_pair_forward, _linear_pair_backward)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _linear(
     eps: float | None, gated: bool, weight: Array, x: Array, norm: Array | None, residual: Array | None
@@ -173,6 +207,13 @@ def keys_values(
 ) -> tuple[Float[Array, "K C *N"], Float[Array, "K C *N"]]:
     """K and V of hidden states, all that KV fill-in needs (CALM, arXiv 2207.07061, sec. 3.1)."""
     kv = linear(projection.wkv, x, Norm(projection.norm, projection.eps))
+    return finish_keys_values(projection, kv, positions, freq)
+
+
+def finish_keys_values(
+    projection: KVProjection, kv: Float[Array, "2*K*C *N"], positions: Int[Array, "*N"], freq: Float[Array, " C/2"]
+) -> tuple[Float[Array, "K C *N"], Float[Array, "K C *N"]]:
+    """What `keys_values` does behind the product."""
     if projection.bkv is not None:
         kv = kv + projection.bkv.reshape(-1, *[1] * positions.ndim).astype(kv.dtype)
     k, v = kv.reshape(2, -1, 2 * freq.shape[0], *positions.shape)

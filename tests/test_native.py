@@ -22,6 +22,7 @@ import pytest
 from pallas_kernels import projection
 from pallas_kernels.implementation import VARIABLE
 from pallas_kernels.native import library, ops
+from pallas_kernels.pages import Slots, write
 from pallas_kernels.projection import Norm, dot, project
 from tests.native_env import COMPILER, needs_native
 
@@ -89,6 +90,42 @@ def test_products_into_some_columns_leave_the_others_as_they_are(rows, depth):
         np.testing.assert_allclose(into(jnp.asarray(old), only, weight, x), expected, rtol=0, atol=1e-4)
         if rows and depth:
             np.testing.assert_array_equal(into(jnp.asarray(old), only, weight, x)[:, ~only], old[:, ~only])
+
+
+@needs_native
+def test_two_products_of_one_normed_x_are_each_what_it_would_be_alone():
+    first, second, norm = normal(300, 51), normal(77, 51, seed=1), normal(51, seed=2)
+    for columns in (1, 3, 8, 9, 16, 32, 100):
+        x = jnp.asarray(normal(51, columns, seed=3))
+        for found, weight in zip(ops.linear_pair(first, second, x, norm, 1e-5), (first, second), strict=True):
+            np.testing.assert_array_equal(found, ops.linear(weight, x, norm, 1e-5))
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("heads", "size", "dim", "tokens"), [(2, 8, 16, 1), (3, 8, 24, 33), (2, 16, 64, 100), (1, 8, 7, 70)]
+)
+def test_keys_are_written_in_place_and_nowhere_else(heads, size, dim, tokens):
+    pages, values = normal(3, tokens + 2, heads, size, dim), normal(heads, dim, tokens, seed=1)
+    rng = np.random.default_rng(tokens)
+    ids = rng.permutation(tokens + 2)[:tokens].astype(np.int32)
+    ids[::4] += tokens + 2  # dropped
+    offsets = rng.integers(0, size, tokens, np.int32)
+    expected = pages.copy()
+    for token in np.flatnonzero(ids < tokens + 2):
+        expected[1, ids[token], :, offsets[token]] = values[:, :, token]
+
+    def write_there(pages, ids, offsets, values):
+        return write(pages, 1, Slots(ids, offsets), values)
+
+    donated = jnp.array(pages)
+    place = donated.unsafe_buffer_pointer()
+    found = jax.jit(write_there, donate_argnums=0)(donated, ids, offsets, values)
+    np.testing.assert_array_equal(found, expected)
+    assert found.unsafe_buffer_pointer() == place
+    assert "eejax_write" in jax.jit(write_there).lower(pages, ids, offsets, values).as_text()
+    low = jnp.asarray(pages, jnp.bfloat16)
+    assert "eejax_write" not in jax.jit(write_there).lower(low, ids, offsets, values).as_text()
 
 
 @needs_native

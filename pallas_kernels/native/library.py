@@ -16,9 +16,9 @@ from pathlib import Path
 import jax
 
 HERE = Path(__file__).parent
-SOURCES = ("threads.c", "linear.c", "attention.c", "argmax.c")
+SOURCES = ("threads.c", "linear.c", "attention.c", "write.c", "argmax.c")
 HEADERS = ("kernels.h",)
-TARGETS = ("eejax_linear", "eejax_paged_attention", "eejax_argmax")
+TARGETS = ("eejax_linear", "eejax_paged_attention", "eejax_write", "eejax_argmax")
 COMPILERS = ("cc", "gcc", "clang")
 TIME_LIMIT = 300.0
 """Seconds that the compiler may take."""

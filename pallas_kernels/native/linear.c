@@ -30,7 +30,11 @@ typedef struct {
   /* Not zero where a column is to be written, one panel wide at least; NULL: all are. */
   const int32_t* only;
   float *out, *gates, *scratch;
-  int64_t rows, depth, columns, rows_of_item;
+  int64_t rows, depth, columns, rows_of_item, items;
+  /* A second weight of the same x, and its results: items behind those of the first. */
+  const float* second;
+  float* out_of_second;
+  int64_t rows_of_second;
   float eps;
 } Product;
 
@@ -287,7 +291,13 @@ static void copy_panels(int64_t item, void* argument) {
 static void item(int64_t number, void* argument) {
   const Product* p = argument;
   Rows* run = p->columns <= NARROW ? narrow_rows[p->columns - 1] : panel_rows;
-  int64_t begin = number * p->rows_of_item, rows = MIN(p->rows_of_item, p->rows - begin), n = p->columns;
+  int is_second = number >= p->items;
+  int64_t begin = (is_second ? number - p->items : number) * p->rows_of_item, n = p->columns;
+  int64_t rows = MIN(p->rows_of_item, (is_second ? p->rows_of_second : p->rows) - begin);
+  if (is_second) {
+    run(p, p->second + begin * p->depth, NULL, p->out_of_second + begin * n, rows);
+    return;
+  }
   float* out = p->out + begin * n;
   if (!p->gates) {
     run(p, p->weight + begin * p->depth, p->residual ? p->residual + begin * n : NULL, out, rows);
@@ -303,11 +313,13 @@ static void item(int64_t number, void* argument) {
 }
 
 /* Operands weight, x, norm (of no elements where there is none), residual (likewise), only (likewise; then residual and
-out are one, and what is not written is kept); results out and scratch; attributes eps, gated. */
+out are one, and what is not written is kept), a second weight (of no rows where there is none); results out, that of the
+second weight, scratch; attributes eps, gated. */
 XLA_FFI_Error* eejax_linear(XLA_FFI_CallFrame* call) {
   if (is_question(call)) return NULL;
   const XLA_FFI_Buffer *weight = argument(call, 0), *x = argument(call, 1), *norm = argument(call, 2);
   const XLA_FFI_Buffer *residual = argument(call, 3), *only = argument(call, 4), *out = result(call, 0);
+  const XLA_FFI_Buffer* second = argument(call, 5);
   Product p = {
       .weight = weight->data,
       .x = x->data,
@@ -315,10 +327,13 @@ XLA_FFI_Error* eejax_linear(XLA_FFI_CallFrame* call) {
       .residual = residual->dims[0] && !only->dims[0] ? residual->data : NULL,
       .only = only->dims[0] ? only->data : NULL,
       .out = out->data,
-      .scratch = result(call, 1)->data,
+      .scratch = result(call, 2)->data,
       .rows = out->dims[0],
       .depth = weight->dims[1],
       .columns = x->dims[1],
+      .second = second->data,
+      .out_of_second = result(call, 1)->data,
+      .rows_of_second = second->dims[0],
       .eps = (float)*(const double*)attribute(call, 0),
   };
   if (*(const int64_t*)attribute(call, 1)) {
@@ -337,6 +352,7 @@ XLA_FFI_Error* eejax_linear(XLA_FFI_CallFrame* call) {
   int64_t tile = narrow ? 24 : p.columns <= VL ? TALLER : TALL * 2;
   int64_t most = ITEM_BYTES / row_bytes, share = p.rows / (4 * thread_count(call)), least = (narrow ? 32 : 16) * 1024 / row_bytes;
   p.rows_of_item = (MAX(MIN(most, share), MAX(least, 1)) + tile - 1) / tile * tile;
-  parallel_for(call, (p.rows + p.rows_of_item - 1) / p.rows_of_item, item, &p);
+  p.items = (p.rows + p.rows_of_item - 1) / p.rows_of_item;
+  parallel_for(call, p.items + (p.rows_of_second + p.rows_of_item - 1) / p.rows_of_item, item, &p);
   return NULL;
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,7 +43,21 @@ def linear(
     rows = weight.shape[0] // (2 if gated else 1)
     if not (rows and depth and count):
         return jnp.zeros((rows, count), jnp.float32) if residual is None else residual
-    return _call_linear(weight, x, norm, residual, None, eps, gated)
+    return _call_linear(weight, x, norm, eps, residual=residual, gated=gated)[0]
+
+
+def linear_pair(
+    first: Float[Array, "o i"],
+    second: Float[Array, "p i"],
+    x: Float[Array, "i N"],
+    norm: Float[Array, " i"],
+    eps: float,
+) -> tuple[Float[Array, "o N"], Float[Array, "p N"]]:
+    """`first @ x` and `second @ x`, of columns that go through an RMS norm once."""
+    if not (first.size and second.size and x.size):
+        return linear(first, x, norm, eps), linear(second, x, norm, eps)
+    one, other, _ = _call_linear(first, x, norm, eps, second=second)
+    return one, other
 
 
 def linear_into(
@@ -51,15 +67,24 @@ def linear_into(
     if not (old.size and x.size):
         return jnp.where(only, 0.0, old)
     columns = jnp.pad(only.astype(jnp.int32), (0, -only.shape[0] % PANEL))
-    return _call_linear(weight, x, None, old, columns, 0.0, False)
+    return _call_linear(weight, x, None, 0.0, residual=old, only=columns)[0]
 
 
 def _call_linear(
-    weight: Array, x: Array, norm: Array | None, residual: Array | None, only: Array | None, eps: float, gated: bool
-) -> Array:
+    weight: Array,
+    x: Array,
+    norm: Array | None,
+    eps: float,
+    *,
+    residual: Array | None = None,
+    only: Array | None = None,
+    second: Array | None = None,
+    gated: bool = False,
+) -> Sequence[Array]:
     (depth, count), rows = x.shape, weight.shape[0] // (2 if gated else 1)
     scratch = (depth + PANEL) * (-(-count // PANEL) * PANEL) + (rows * count if gated else 0)
-    shapes = jax.ShapeDtypeStruct((rows, count), jnp.float32), jax.ShapeDtypeStruct((scratch,), jnp.float32)
+    others = 0 if second is None else second.shape[0]
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((rows, count), (others, count), (scratch,))]
     aliases = None if only is None else {3: 0}
     call = jax.ffi.ffi_call("eejax_linear", shapes, input_output_aliases=aliases, vmap_method="sequential")
     none = jnp.zeros((0,), jnp.float32)
@@ -69,9 +94,10 @@ def _call_linear(
         none if norm is None else norm,
         none if residual is None else residual,
         jnp.zeros((0,), jnp.int32) if only is None else only,
+        none if second is None else second,
         eps=np.float64(eps),
         gated=np.int64(gated),
-    )[0]
+    )
 
 
 def attention_refusal(q: Float[Array, "N H C"], k_pages: Float[Array, "L P K S C"]) -> str | None:
@@ -114,6 +140,29 @@ def attention(
         window=np.int64(window),
     )
     return jnp.moveaxis(found, -1, 0)
+
+
+def write_refusal(pages: Float[Array, "L P K S C"], values: Float[Array, "K C N"]) -> str | None:
+    """Why `write` does not take these; None if it does. Shapes and dtypes are enough."""
+    if pages.dtype != jnp.float32 or values.dtype != jnp.float32:
+        return f"pages are float32, and these are {pages.dtype}, what is written {values.dtype}"
+    if pages.shape[-1] > MAX_DIM:
+        return f"head dimensions are at most {MAX_DIM}, and this one is {pages.shape[-1]}"
+    return library.refusal()
+
+
+def write(
+    pages: Float[Array, "L P K S C"],
+    layer: int,
+    page_ids: Int[Array, " N"],
+    offsets: Int[Array, " N"],
+    values: Float[Array, "K C N"],
+) -> Float[Array, "L P K S C"]:
+    """See `pallas_kernels.pages.write`. In place where XLA needs the old pages no more."""
+    if not values.size:
+        return pages
+    call = jax.ffi.ffi_call("eejax_write", jax.ShapeDtypeStruct(pages.shape, pages.dtype), input_output_aliases={0: 0})
+    return call(pages, page_ids.astype(jnp.int32), offsets.astype(jnp.int32), values, layer=np.int64(layer))
 
 
 def argmax_refusal(x: Float[Array, "V N"]) -> str | None:
