@@ -82,6 +82,7 @@ def test_products_without_elements(rows, depth, columns):
 @needs_native
 @pytest.mark.parametrize(("rows", "depth"), [(37, 29), (300, 51), (0, 5), (4, 0)])
 def test_products_into_some_columns_leave_the_others_as_they_are(rows, depth):
+    assert ops.linear_refusal(jnp.ones((2, 2))) is None
     into = jax.jit(ops.linear_into, donate_argnums=0)
     for columns in (1, 3, 8, 9, 16, 17, 32, 33, 100):
         weight, x, old = normal(rows, depth), normal(depth, columns, seed=1), normal(rows, columns, seed=2)
@@ -95,6 +96,7 @@ def test_products_into_some_columns_leave_the_others_as_they_are(rows, depth):
 @needs_native
 def test_two_products_of_one_normed_x_are_each_what_it_would_be_alone():
     first, second, norm = normal(300, 51), normal(77, 51, seed=1), normal(51, seed=2)
+    assert ops.linear_refusal(first, second, norm) is None
     for columns in (1, 3, 8, 9, 16, 32, 100):
         x = jnp.asarray(normal(51, columns, seed=3))
         for found, weight in zip(ops.linear_pair(first, second, x, norm, 1e-5), (first, second), strict=True):
@@ -142,6 +144,7 @@ def test_argmax_takes_the_first_of_equals(values):
 @needs_native
 def test_argmax_of_no_number_is_a_row_all_the_same():
     x = np.full((300, 5), -np.inf, np.float32)
+    assert ops.argmax_refusal(jnp.asarray(x)) is None
     np.testing.assert_array_equal(ops.argmax(x), np.zeros(5))
     np.testing.assert_array_equal(ops.argmax(np.full_like(x, np.nan)), np.zeros(5))
     x[7, 2] = np.nan
