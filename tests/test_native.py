@@ -88,6 +88,7 @@ def test_products_into_some_columns_leave_the_others_as_they_are(rows, depth):
         weight, x, old = normal(rows, depth), normal(depth, columns, seed=1), normal(rows, columns, seed=2)
         only = np.random.default_rng(columns).random(columns) < 0.5
         expected = np.where(only, weight @ x, old)
+        # Sums of 51 products of size 1, in another order.
         np.testing.assert_allclose(into(jnp.asarray(old), only, weight, x), expected, rtol=0, atol=1e-4)
         if rows and depth:
             np.testing.assert_array_equal(into(jnp.asarray(old), only, weight, x)[:, ~only], old[:, ~only])

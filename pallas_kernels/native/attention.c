@@ -13,7 +13,6 @@ themselves (decoding) take inner products along C instead. */
 #define TILE (2 * VL)
 /* Up to so many queries, inner products along C are used. */
 #define FEW 8
-#define MAX_DIM 256
 #define SLOTS 64
 /* Floats of a line of the cache. */
 #define LINE 16

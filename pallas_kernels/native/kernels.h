@@ -30,6 +30,9 @@
 typedef float vec __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 
+/* The largest head dimension: some tokens' heads are kept on the stack. `ops.py` refuses larger ones. */
+#define MAX_DIM 256
+
 #define INLINE static inline __attribute__((always_inline))
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))

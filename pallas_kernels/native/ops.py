@@ -14,7 +14,7 @@ from pallas_kernels.native import library
 PANEL = 32
 """Columns that scratch is rounded up to, and floats that one column of it may be longer: those of the widest panel."""
 MAX_DIM = 256
-"""Largest head dimension: attention keeps a tile of queries on the stack."""
+"""Largest head dimension, as in `kernels.h`."""
 
 
 def linear_refusal(weight: Float[Array, "o i"], *others: Array | None) -> str | None:

@@ -5,7 +5,6 @@
 /* Tokens that are turned round together, and up to how many one thread does it. */
 #define BLOCK 16
 #define ALONE 64
-#define MAX_DIM 256
 
 typedef struct {
   float* pages;
