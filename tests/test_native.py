@@ -66,6 +66,38 @@ def test_products_of_any_number_of_columns(rows, depth):
 
 
 @needs_native
+def test_products_without_amx():
+    """What this file says of products, again, of what a processor with AMX does where it has none."""
+    if "EEJAX_AMX" in os.environ:
+        pytest.skip("said already")
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", __file__, "-k", "products"]
+    environment = {**os.environ, "EEJAX_AMX": "off"}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "1 skipped" in done.stdout, done.stdout[-500:]
+
+
+@needs_native
+def test_products_of_many_columns_are_as_exact_as_of_few():
+    """On AMX they are sums of products of bfloat16."""
+    weight, x = normal(64, 768) * 0.02, normal(768, 100, seed=1)
+    exact = weight.astype(np.float64) @ x
+    few, many = (
+        np.sqrt(np.mean((np.asarray(linear(weight, x[:, :columns])) - exact[:, :columns]) ** 2)) for columns in (16, 100)
+    )
+    assert many < 1.5 * few, (many, few)
+
+
+@needs_native
+def test_products_of_what_is_not_a_number_or_infinite_are_their_columns_own():
+    weight, x = normal(40, 64), normal(64, 50, seed=1)
+    x[3, 7], x[5, 8] = np.nan, np.inf
+    found, fine = np.asarray(linear(weight, x)), np.delete(np.arange(50), (7, 8))
+    assert not np.isfinite(found[:, 7:9]).any()
+    np.testing.assert_allclose(found[:, fine], weight @ x[:, fine], atol=1e-4)
+
+
+@needs_native
 def test_products_of_any_rows_and_depth():
     for columns in (1, 4, 8, 11, 16, 32, 47):
         for rows, depth in ((1, 1), (1, 70), (5, 3), (13, 16), (24, 64), (50, 15)):

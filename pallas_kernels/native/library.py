@@ -16,8 +16,8 @@ from pathlib import Path
 import jax
 
 HERE = Path(__file__).parent
-SOURCES = ("threads.c", "linear.c", "attention.c", "write.c", "argmax.c")
-HEADERS = ("kernels.h",)
+SOURCES = ("threads.c", "linear.c", "tiles.c", "attention.c", "write.c", "argmax.c")
+HEADERS = ("kernels.h", "product.h")
 TARGETS = ("eejax_linear", "eejax_paged_attention", "eejax_write", "eejax_argmax")
 COMPILERS = ("cc", "gcc", "clang")
 TIME_LIMIT = 300.0

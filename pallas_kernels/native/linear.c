@@ -3,11 +3,12 @@ RMS norm of x's columns, SwiGLU's gate, a residual to add. The weight is read on
 
 Few columns: inner products along K, several rows of the weight against all columns at once (x is turned round first).
 More: panels of columns as wide as two vectors, every weight broadcast to them; panels are copied one behind another
-where x has more columns than one panel. Both keep a tile of results in registers through the whole of K. */
+where x has more columns than one panel. Both keep a tile of results in registers through the whole of K. Many columns go
+to tiles.c where the processor has AMX. */
 
 #include <math.h>
 
-#include "kernels.h"
+#include "product.h"
 
 /* Columns up to which inner products are used: a panel would be mostly empty. */
 #define NARROW 8
@@ -24,19 +25,6 @@ where x has more columns than one panel. Both keep a tile of results in register
 #define TALL 6
 #define TALLER 12
 #endif
-
-typedef struct {
-  const float *weight, *x, *norm, *residual;
-  /* Not zero where a column is to be written, one panel wide at least; NULL: all are. */
-  const int32_t* only;
-  float *out, *gates, *scratch;
-  int64_t rows, depth, columns, rows_of_item, items;
-  /* A second weight of the same x, and its results: items behind those of the first. */
-  const float* second;
-  float* out_of_second;
-  int64_t rows_of_second;
-  float eps;
-} Product;
 
 /* Floats from one turned column to the next; one vector more than there are, or all would share a set of the cache. */
 INLINE int64_t stride_of(const Product* p) { return p->depth + VL; }
@@ -112,7 +100,6 @@ INLINE void turn(const Product* p, int n) {
 }
 
 typedef void Turn(const Product* p);
-typedef void Rows(const Product* p, const float* weight, const float* residual, float* out, int64_t rows);
 
 #define NARROW_TILES(m, n)                                                                                   \
   for (; o + m <= rows; o += m)                                                                              \
@@ -288,9 +275,11 @@ static void copy_panels(int64_t item, void* argument) {
 
 /* --- work --- */
 
+INLINE int is_tiled(const Product* p) { return p->columns >= FEWEST_TILED && tiles_usable(); }
+
 static void item(int64_t number, void* argument) {
   const Product* p = argument;
-  Rows* run = p->columns <= NARROW ? narrow_rows[p->columns - 1] : panel_rows;
+  Rows* run = p->columns <= NARROW ? narrow_rows[p->columns - 1] : is_tiled(p) ? tile_rows : panel_rows;
   int is_second = number >= p->items;
   int64_t begin = (is_second ? number - p->items : number) * p->rows_of_item, n = p->columns;
   int64_t rows = MIN(p->rows_of_item, (is_second ? p->rows_of_second : p->rows) - begin);
@@ -341,7 +330,10 @@ XLA_FFI_Error* eejax_linear(XLA_FFI_CallFrame* call) {
     p.scratch += p.rows * p.columns;
   }
   int narrow = p.columns <= NARROW;
-  if (copies(&p)) {
+  int tiled = is_tiled(&p);
+  if (tiled) {
+    tile_columns(call, &p);
+  } else if (copies(&p)) {
     if (narrow)
       turns[p.columns - 1](&p);
     else
@@ -349,7 +341,7 @@ XLA_FFI_Error* eejax_linear(XLA_FFI_CallFrame* call) {
   }
   /* Several items a thread, so that one who is held up leaves its share to others; but no tiny ones. */
   int64_t row_bytes = MAX(p.depth, 1) * (int64_t)sizeof(float) * (p.gates ? 2 : 1);
-  int64_t tile = narrow ? 24 : p.columns <= VL ? TALLER : TALL * 2;
+  int64_t tile = narrow ? 24 : tiled ? TILED_ROWS : p.columns <= VL ? TALLER : TALL * 2;
   int64_t most = ITEM_BYTES / row_bytes, share = p.rows / (4 * thread_count(call)), least = (narrow ? 32 : 16) * 1024 / row_bytes;
   p.rows_of_item = (MAX(MIN(most, share), MAX(least, 1)) + tile - 1) / tile * tile;
   p.items = (p.rows + p.rows_of_item - 1) / p.rows_of_item;
