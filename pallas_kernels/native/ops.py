@@ -82,7 +82,9 @@ def _call_linear(
     gated: bool = False,
 ) -> Sequence[Array]:
     (depth, count), rows = x.shape, weight.shape[0] // (2 if gated else 1)
-    scratch = (-(-depth // PANEL) * PANEL * 3 // 2 + PANEL) * (-(-count // PANEL) * PANEL) + (rows * count if gated else 0)
+    # A float of x, or three bfloat16, and a column's end; gates.
+    columns, column = -(-count // PANEL) * PANEL, -(-depth // PANEL) * PANEL * 3 // 2 + PANEL
+    scratch = columns * column + (rows * count if gated else 0)
     others = 0 if second is None else second.shape[0]
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((rows, count), (others, count), (scratch,))]
     aliases = None if only is None else {3: 0}
