@@ -20,8 +20,9 @@ from checkpoints.demo_objective import CONFIDENCES, Numerics, Objective, exit_sc
 from checkpoints.demo_optimiser import demo_optimiser
 from eejax.config import ExitConfig, ModelConfig
 from eejax.model import init_params
+from eejax.orbax_tree import load_tree, save_tree
 from eejax.tokenizer import CONFIG_FILE, MODEL_FILE, load_tokenizer
-from eejax.weights import load_tree, replacing_folder, save_tree, write_checkpoint
+from eejax.weights import replacing_folder, write_checkpoint
 
 
 def _model(

@@ -7,6 +7,7 @@ than to load what was compiled of it. The files here are found by what the text 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import os
 import pickle
@@ -157,6 +158,15 @@ def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, bool]:
         return program, not hits()
 
 
+@cache
+def _malloc_trim() -> Callable[[int], int]:
+    """glibc's; nothing where there is none."""
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (OSError, TypeError, AttributeError):
+        return lambda _: 0
+
+
 @dataclass(slots=True)
 class Compiled:
     """A runner's programs by kind and bucket, and how many of them XLA had to compile."""
@@ -189,6 +199,7 @@ class Compiled:
                         path.unlink(missing_ok=True)
                         path.hardlink_to(by_text)
             self.programs[key] = program
+            _malloc_trim()(0)  # compiling leaves much behind, and loading some 15 MB
             self.compilations += compiled
             announce(Step(what, time.perf_counter() - start, compiled=compiled))
         return self.programs[key]

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from checkpoints import convert_hf
 from checkpoints.convert_hf import convert, reverse
-from eejax import weights
+from eejax import orbax_tree
 from eejax.config import ExitConfig
 from eejax.errors import CheckpointError, ConfigError
 from eejax.huggingface.tensors import open_folder
@@ -238,7 +238,7 @@ def test_few_tensors_are_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest
         return LazyArray(leaf.shape, leaf.dtype, watched)
 
     monkeypatch.setattr(convert_hf, "_cast", lambda params, dtype: jax.tree.map(watching, params))
-    monkeypatch.setattr(weights, "BATCH_BYTES", 10_000)
+    monkeypatch.setattr(orbax_tree, "BATCH_BYTES", 10_000)
     convert(tmp_path / "hf", tmp_path / "eejax")
     largest = 4 * max(leaf.size for leaf in jax.tree.leaves(load_checkpoint(tmp_path / "eejax")[1]))
     total = sum(len(data) for _, data in raw(tmp_path / "hf").values())

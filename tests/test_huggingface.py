@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from eejax import huggingface
 from eejax.config import ModelConfig, RopeScaling
 from eejax.errors import CheckpointError, ConfigError
+from eejax.huggingface import tensors
 from eejax.huggingface.config import family_of, to_huggingface
 from eejax.huggingface.tensors import open_folder, write_folder
 from eejax.param_tree import LazyArray, leaves
@@ -50,6 +51,23 @@ def test_every_stored_type_is_read_exactly(tmp_path: Path, dtype: str) -> None:
     same(huggingface.load_model(tmp_path, jnp.dtype(dtype))[1], params)
     wide = jax.tree.map(lambda leaf: leaf.astype(np.float32), params)
     same(huggingface.load_model(tmp_path)[1], wide)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_large_tensors_are_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    """With the last piece shorter than the others, or rows longer than a piece, and nothing mapped as a whole."""
+    _, params = make_folder(tmp_path, dtype=dtype)
+    for size in (50, 1_000):
+        monkeypatch.setattr(tensors, "PIECE_BYTES", size)
+        same(huggingface.load_model(tmp_path, jnp.dtype(dtype))[1], params)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere everything is copied to the device")
+def test_large_tensors_are_not_copied_once_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_folder(tmp_path)
+    monkeypatch.setattr(tensors, "PIECE_BYTES", 100)
+    read = open_folder(tmp_path)["model.norm.weight"].read()
+    assert jax.device_put(read).unsafe_buffer_pointer() == read.ctypes.data
 
 
 def test_shards_are_read_like_one_file(tmp_path: Path) -> None:

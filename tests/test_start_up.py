@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.status import Status
 
-from eejax import LLM, SamplingParams, start_up
+from eejax import LLM, SamplingParams, programs, start_up
 from eejax.config import CacheConfig, EngineConfig
 from eejax.programs import Compiled, ProgramFiles
 from eejax.runner import use_compilation_cache
@@ -105,6 +105,17 @@ def test_a_program_is_for_the_shapes_of_arguments_that_it_does_not_read(tmp_path
     program(jnp.zeros((2, 4)), jnp.zeros(3))
     _, program = of(Compiled(files(tmp_path, "two")), lower(2))
     program(jnp.zeros((2, 4)), jnp.zeros(3))
+
+
+def test_what_a_program_left_behind_goes_back_to_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trims: list[int] = []
+    monkeypatch.setattr(programs, "_malloc_trim", lambda: trims.append)
+    compiled = Compiled(files(tmp_path))
+    for _ in range(3):
+        compiled.get("decode", 1, lowering(2))
+    assert trims == [0]
+    Compiled(files(tmp_path)).get("decode", 1, never)
+    assert trims == [0, 0]
 
 
 def test_a_damaged_file_is_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -15,15 +15,8 @@ import pytest
 from eejax.config import ExitConfig, ModelConfig, RopeScaling
 from eejax.errors import CheckpointError
 from eejax.model import init_params
-from eejax.weights import (
-    CONFIG_FILE,
-    WEIGHTS_DIR,
-    load_checkpoint,
-    load_tree,
-    replacing_folder,
-    save_checkpoint,
-    save_tree,
-)
+from eejax.orbax_tree import load_tree, save_tree
+from eejax.weights import CONFIG_FILE, WEIGHTS_DIR, load_checkpoint, replacing_folder, save_checkpoint
 
 CONFIG = ModelConfig(
     vocab_size=48, hidden_size=16, intermediate_size=24, n_layers=11, n_heads=2, n_kv_heads=1, head_dim=8,
@@ -214,3 +207,8 @@ def test_a_damaged_data_file_is_an_error_and_never_other_weights(tmp_path: Path,
     lines = run.stdout.split()
     assert lines[-1:] == ["done"], run.stderr[-2000:]
     assert lines.count("refused") >= 2
+
+
+def test_orbax_is_imported_only_where_it_is_needed() -> None:
+    code = "import sys, eejax.llm; sys.exit('orbax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -35,6 +35,6 @@ def load_model(path: str | Path, dtype: Any = jnp.float32) -> tuple[ModelConfig,
     config, lazy = load_lazily(path)
 
     def on_device(leaf: LazyArray) -> jax.Array:
-        return jnp.asarray(leaf.read()).astype(dtype)
+        return jax.device_put(leaf.read()).astype(dtype)
 
     return config, jax.tree.map(on_device, lazy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,9 @@ DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.d
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 ALIGNMENT = 8
+JAX_ALIGNMENT = 64
+PIECE_BYTES = 16 * 2**20
+"""Of a file, mapped at a time."""
 
 
 class TensorFiles:
@@ -104,12 +108,30 @@ def _lazy(file: Path, name: str, piece: Any) -> LazyArray:
     if code not in DTYPES:
         raise CheckpointError(f"{file}: {name} is of type {code}; supported: {', '.join(DTYPES)}")
 
+    shape, dtype = tuple(piece.get_shape()), DTYPES[code]
+
     def read() -> np.ndarray:
         # The file is mapped anew each time: what has been read of it does not stay resident.
-        with _opened(file) as source:
-            return source.get_tensor(name)
+        if math.prod(shape) * dtype.itemsize <= PIECE_BYTES:
+            with _opened(file) as source:
+                return source.get_tensor(name)
+        whole = _aligned(shape, dtype)
+        rows = max(1, PIECE_BYTES // (math.prod(shape[1:]) * dtype.itemsize))
+        for start in range(0, shape[0], rows):
+            here = slice(start, min(start + rows, shape[0]))
+            with _opened(file) as source:
+                whole[here] = source.get_slice(name)[here]
+        return whole
 
-    return LazyArray(tuple(piece.get_shape()), DTYPES[code], read)
+    return LazyArray(shape, dtype, read)
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array that JAX on CPU takes as it is, without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    room = np.empty(size + JAX_ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % JAX_ALIGNMENT
+    return room[start : start + size].view(dtype).reshape(shape)
 
 
 @contextmanager
