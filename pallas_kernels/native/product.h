@@ -27,6 +27,8 @@ typedef void Rows(const Product* p, const float* weight, const float* residual, 
 #define FEWEST_TILED 33
 /* Rows that it takes together. */
 #define TILED_ROWS 32
+/* Of weight in a work item: all of x goes by for each, and with their parts this many rows still fit the second level. */
+#define TILED_ITEM_BYTES (768 * 1024)
 int tiles_usable(void);
 /* x to scratch; `tile_rows` multiplies with what is there. */
 void tile_columns(const XLA_FFI_CallFrame* call, const Product* p);
