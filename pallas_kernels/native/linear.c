@@ -58,6 +58,8 @@ INLINE void inner_products(
     for (int r = 0; r < m; r++) {
       w[r] = load(weight + r * depth + k);
       __builtin_prefetch(weight + (r + m) * depth + k, 0, 3);
+      /* The fewer rows, the sooner that is needed: from memory it has to be asked for earlier. */
+      if (n > NARROW / 2) __builtin_prefetch(weight + (r + 3 * m) * depth + k, 0, 2);
     }
 #pragma GCC unroll 32
     for (int c = 0; c < n; c++) {
