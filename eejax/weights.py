@@ -3,7 +3,7 @@
 Loading refuses a checkpoint whose leaves differ from what its configuration needs, and names them: a weight that is
 silently missing, or silently ignored, is a model that is silently wrong.
 
-Orbax takes 25 MB of memory and a fifth of a second to import, and is where it is needed.
+Orbax takes 25 MB of memory and a fifth of a second to import: only functions that need it do.
 """
 
 from __future__ import annotations
@@ -83,10 +83,10 @@ def save_checkpoint(path: str | Path, config: ModelConfig, params: dict, dtype: 
 
 def write_checkpoint(folder: Path, config: ModelConfig, params: dict, dtype: Any = None) -> None:
     """`save_checkpoint` into a folder that exists, beside what it already holds (a tokenizer, say)."""
-    compare(str(folder), shapes(param_shapes(config)), shapes(params))
-    (folder / CONFIG_FILE).write_text(json.dumps(config.to_dict(), indent=1) + "\n")
     from eejax.orbax_tree import save_tree
 
+    compare(str(folder), shapes(param_shapes(config)), shapes(params))
+    (folder / CONFIG_FILE).write_text(json.dumps(config.to_dict(), indent=1) + "\n")
     save_tree(folder / WEIGHTS_DIR, params if dtype is None else _cast(params, dtype))
 
 

@@ -55,7 +55,7 @@ def test_every_stored_type_is_read_exactly(tmp_path: Path, dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_large_tensors_are_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
-    """With the last piece shorter than the others, or rows longer than a piece, and nothing mapped as a whole."""
+    """With the last piece shorter than the others, or rows longer than a piece."""
     _, params = make_folder(tmp_path, dtype=dtype)
     for size in (50, 1_000):
         monkeypatch.setattr(tensors, "PIECE_BYTES", size)

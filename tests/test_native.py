@@ -79,7 +79,7 @@ def test_products_without_amx():
 
 @needs_native
 def test_products_of_many_columns_are_as_exact_as_of_few():
-    """On AMX they are sums of products of bfloat16."""
+    """On AMX they are sums of products of bfloat16, and half as far off; one product left out makes it twenty times."""
     weight, x = normal(64, 768) * 0.02, normal(768, 100, seed=1)
     exact = weight.astype(np.float64) @ x
     errors = (np.asarray(linear(weight, x[:, :columns])) - exact[:, :columns] for columns in (16, 100))
@@ -93,7 +93,8 @@ def test_products_of_what_is_not_a_number_or_infinite_are_their_columns_own():
     x[3, 7], x[5, 8] = np.nan, np.inf
     found, fine = np.asarray(linear(weight, x)), np.delete(np.arange(50), (7, 8))
     assert not np.isfinite(found[:, 7:9]).any()
-    np.testing.assert_allclose(found[:, fine], weight @ x[:, fine], atol=1e-4)
+    # Sums of 64 products of size 1, in another order.
+    np.testing.assert_allclose(found[:, fine], weight @ x[:, fine], rtol=0, atol=1e-4)
 
 
 @needs_native

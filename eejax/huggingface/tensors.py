@@ -23,6 +23,7 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 ALIGNMENT = 8
 JAX_ALIGNMENT = 64
+"""Of an array in memory that JAX on CPU need not copy."""
 PIECE_BYTES = 16 * 2**20
 """Of a file, mapped at a time."""
 
@@ -107,7 +108,6 @@ def _lazy(file: Path, name: str, piece: Any) -> LazyArray:
     code = piece.get_dtype()
     if code not in DTYPES:
         raise CheckpointError(f"{file}: {name} is of type {code}; supported: {', '.join(DTYPES)}")
-
     shape, dtype = tuple(piece.get_shape()), DTYPES[code]
 
     def read() -> np.ndarray:

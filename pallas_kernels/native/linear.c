@@ -344,7 +344,8 @@ XLA_FFI_Error* eejax_linear(XLA_FFI_CallFrame* call) {
   /* Several items a thread, so that one who is held up leaves its share to others; but no tiny ones. */
   int64_t row_bytes = MAX(p.depth, 1) * (int64_t)sizeof(float) * (p.gates ? 2 : 1);
   int64_t tile = narrow ? 24 : tiled ? TILED_ROWS : p.columns <= VL ? TALLER : TALL * 2;
-  int64_t most = (tiled ? TILED_ITEM_BYTES : ITEM_BYTES) / row_bytes, share = p.rows / (4 * thread_count(call)), least = (narrow ? 32 : 16) * 1024 / row_bytes;
+  int64_t most = (tiled ? TILED_ITEM_BYTES : ITEM_BYTES) / row_bytes, least = (narrow ? 32 : 16) * 1024 / row_bytes;
+  int64_t share = p.rows / (4 * thread_count(call));
   p.rows_of_item = (MAX(MIN(most, share), MAX(least, 1)) + tile - 1) / tile * tile;
   p.items = (p.rows + p.rows_of_item - 1) / p.rows_of_item;
   parallel_for(call, p.items + (p.rows_of_second + p.rows_of_item - 1) / p.rows_of_item, item, &p);
