@@ -1,7 +1,7 @@
 """The device loop: several passes of a batch in one call. A pass takes live rows that are not held one token further.
 
-XLA notes. A branch that may not run is a `while` of at most one trip (`run_if`): unlike `lax.cond` it keeps the cache
-it carries in place. Blocks are unrolled, since a loop over stacked weights copies each block's weights.
+XLA notes. A branch that may not run is `run_if`, which keeps the cache it carries in place. Blocks are unrolled, since
+a loop over stacked weights copies each block's weights.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class ChunkOutput:
 
     Attributes:
         packed: tokens `[X, B]` (-1 where the pass gave the row none), exit layers `[X, B]` (0 there), then `COUNTERS`.
-        logprobs: leaves `[X, ...]`, meaningful only for rows that asked.
+        logprobs: leaves `[X, ...]`, meaningful only for rows that asked; None where the program is for greedy rows.
     """
 
     packed: Int[Array, " W"]
-    logprobs: TokenLogprobs
+    logprobs: TokenLogprobs | None
 
 
 def decode_chunk(
@@ -64,26 +64,20 @@ def decode_chunk(
     model = bind(config, params)
     count = state.tokens.shape[0]
     out_shape = (max_steps, count)
-    top_shape = (max_steps, MAX_LOGPROBS, count)
-    no_logprobs = TokenLogprobs(
-        jnp.zeros(out_shape),
-        jnp.zeros(out_shape, jnp.int32),
-        jnp.zeros(top_shape),
-        jnp.zeros(top_shape, jnp.int32),
-    )
+    no_logprobs = _no_logprobs(max_steps, count) if plan.asks.choice == "any" else None
 
     def advance(carry: tuple) -> tuple:
         i, _, state, step, tokens_out, exits_out, logprobs_out = carry
         step, resolved = run_pass(model, plan, rows, state, step, hold, i + 1 >= n_steps)
-        tokens = _choose(rows, state, step.logits, resolved)
+        tokens = _choose(plan, rows, state, step.logits, resolved)
+        if logprobs_out is not None:
+            wants = resolved & (rows.sampling.logprobs >= 0)
 
-        wants = resolved & (rows.sampling.logprobs >= 0)
+            def report(out: TokenLogprobs) -> TokenLogprobs:
+                new = sampling.token_logprobs(step.logits, tokens)
+                return jax.tree.map(lambda a, b: a.at[i].set(b), out, new)
 
-        def report(out: TokenLogprobs) -> TokenLogprobs:
-            new = sampling.token_logprobs(step.logits, tokens)
-            return jax.tree.map(lambda a, b: a.at[i].set(b), out, new)
-
-        logprobs_out = run_if(jnp.any(wants), report, logprobs_out)
+            logprobs_out = run_if(jnp.any(wants), report, logprobs_out)
         tokens_out = tokens_out.at[i].set(jnp.where(resolved, tokens, -1))
         exits_out = exits_out.at[i].set(jnp.where(resolved, step.exit_at, 0))
         stopped = resolved & (jnp.any(tokens[:, None] == rows.stop_ids, axis=1) | (state.budget <= 1))
@@ -116,11 +110,18 @@ def decode_chunk(
     return step.cache, ChunkOutput(packed, logprobs_out)
 
 
+def _no_logprobs(max_steps: int, count: int) -> TokenLogprobs:
+    steps, top = (max_steps, count), (max_steps, MAX_LOGPROBS, count)
+    return TokenLogprobs(jnp.zeros(steps), jnp.zeros(steps, jnp.int32), jnp.zeros(top), jnp.zeros(top, jnp.int32))
+
+
 def _choose(
-    rows: Rows, state: DecodeState, logits: Float[Array, "V B"], resolved: Bool[Array, " B"]
+    plan: Plan, rows: Rows, state: DecodeState, logits: Float[Array, "V B"], resolved: Bool[Array, " B"]
 ) -> Int[Array, " B"]:
     """The next token of each resolved row; random numbers are drawn only when one of them samples."""
     greedy = sampling.argmax(logits)
+    if plan.asks.choice == "greedy":
+        return greedy
 
     def draw(_: Array) -> Array:
         return sampling.sample(logits, rows.sampling, exits.token_keys(rows.exits, state.generated))

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from eejax import kv_fill
-from eejax.exits import ExitRows
+from eejax.config import ModelConfig
+from eejax.exits import NEEDS_LOGITS, ExitRows
 from eejax.kv_cache import PagedKVCache
 from eejax.kv_fill import Waiting
 from eejax.model import EarlyExitTransformer
+from eejax.params import SamplingParams
 from eejax.sampling import SamplingRows
 
 COUNTERS = ("steps", "blocks", "heads", "row_blocks", "row_heads", "fills")
@@ -91,6 +95,45 @@ class Step:
         return replace(self, counts=self.counts + jnp.stack([jnp.int32(more.get(name, 0)) for name in COUNTERS]))
 
 
+type Exits = Literal["none", "heads", "any"]
+type Choice = Literal["greedy", "any"]
+
+
+@dataclass(frozen=True, slots=True)
+class Asks:
+    """What the rows of a batch may ask for; a program has no code for anything else.
+
+    Attributes:
+        exits: `none`: all rows run at full depth; `heads`: rows may leave by a measure that a head gives
+            (`NEEDS_LOGITS`); `any`: by any measure.
+        choice: `greedy`: no row samples or wants log-probabilities; `any`: rows may.
+    """
+
+    exits: Exits = "any"
+    choice: Choice = "any"
+
+    @classmethod
+    def of(cls, params: Iterable[SamplingParams]) -> Asks:
+        """The least that these requests need."""
+        params = tuple(params)
+        measures = {one.early_exit.measure for one in params if one.early_exit is not None}
+        greedy = all((one.temperature <= 0 or one.top_k == 1) and one.logprobs is None for one in params)
+        exits = "none" if not measures else "heads" if measures <= NEEDS_LOGITS else "any"
+        return cls(exits, "greedy" if greedy else "any")
+
+    @classmethod
+    def every(cls, model: ModelConfig) -> list[Asks]:
+        """All kinds of programs that a model has."""
+        exits = get_args(Exits.__value__) if model.exits.layers else ("none",)
+        return [cls(kind, choice) for kind in exits for choice in get_args(Choice.__value__)]
+
+    def __str__(self) -> str:
+        return f"exits-{self.exits}-choice-{self.choice}"
+
+
+ANYTHING = Asks()
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """How segments are run; fixed when the program is compiled.
@@ -98,10 +141,17 @@ class Plan:
     Attributes:
         buckets: row counts that a segment may run with, ascending; the last one is B.
         deferred: fill-in is deferred.
+        asks: what rows may ask for.
     """
 
     buckets: tuple[int, ...]
     deferred: bool
+    asks: Asks = ANYTHING
+
+    @property
+    def straight(self) -> bool:
+        """Whether every step runs every block for all rows: nothing in it depends on what the rows decide."""
+        return self.asks.exits == "none" and len(self.buckets) == 1
 
 
 def begin(model: EarlyExitTransformer, plan: Plan, cache: PagedKVCache, count: int) -> Step:

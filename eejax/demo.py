@@ -153,7 +153,7 @@ def stream_shaded(console: Console, llm: LLM, prompt: PromptLike, params: Sampli
             if line.endswith("\n"):
                 console.print()
 
-    for delta in begun(llm.stream(prompt, params), lambda: llm.engine.runner.decode_program(1), []):
+    for delta in begun(llm.stream(prompt, params), lambda: llm.engine.runner.decode_program_for([params]), []):
         for token, layer in zip(delta.token_ids, delta.exit_layers, strict=True):
             layers.append(layer)
             show(text.append(token))

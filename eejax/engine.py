@@ -69,7 +69,6 @@ class Engine:
         self._questions: dict[Sequence, Request] = {}  # asked of the model -> the request that waits for its answer
         self._numbers = itertools.count()
         self._step_cost = StepCost(compacts=self.runner.compacts)
-        self._buckets_seen: set[int] = set()
         self._reset(config.scheduler, policy, predictor, config.cache.num_pages)
 
     def reschedule(
@@ -191,11 +190,12 @@ class Engine:
         called = time.perf_counter()
         prefilled = sum(seq.prefill_length - seq.num_cached for seq in batch.rows) if batch.kind == "prefill" else 0
         known = [len(seq.output_token_ids) for seq in batch.rows]
+        programs = self.runner.programs
         result = self.runner.run(batch, wants_hidden=self._predictor.needs_hidden)
         returned = time.perf_counter()
         self.scheduler.update(batch, result)
         self._schedule_seconds += called - zero + time.perf_counter() - returned
-        self._learn(batch, result, returned - called)
+        self._learn(batch, result, returned - called, first=self.runner.programs > programs)
         touched: dict[str, Request] = {}
         for seq, before in zip(batch.rows, known, strict=True):
             self._counts["token_blocks"] += sum(seq.exit_layers[before:]) if batch.kind == "decode" else 0
@@ -262,23 +262,22 @@ class Engine:
             _estimate(request.sequences, estimate)
         self.scheduler.add(request.sequences)
 
-    def _learn(self, batch: MicroBatch, result: StepResult, seconds: float) -> None:
-        """Better estimates of lengths after prefill, and of what a step costs after decoding."""
+    def _learn(self, batch: MicroBatch, result: StepResult, seconds: float, first: bool) -> None:
+        """Better estimates of lengths after prefill, and of what a step costs after decoding.
+
+        Args:
+            first: the program ran for the first time, so that the time to load or compile it is in `seconds`.
+        """
         if batch.kind == "prefill":
             for seq, row in zip(batch.rows, result.rows, strict=True):
                 if row.hidden is not None and seq.estimate is not None:
                     _estimate([seq], self._predictor.refine(seq.estimate, row.hidden, seq.request.max_tokens))
             return
-        if not result.steps:
+        if first or not result.steps:
             return
-        bucket = result.row_steps // result.steps
-        if bucket in self._buckets_seen:  # the first call of a bucket may have compiled it
-            pages = -(-max(seq.num_tokens for seq in batch.rows) // self.config.cache.page_size)
-            blocks = result.steps * self.config.model.n_layers
-            self._step_cost.observe(
-                result.blocks_run / blocks, result.row_blocks / blocks, pages, seconds / result.steps
-            )
-        self._buckets_seen.add(bucket)
+        pages = -(-max(seq.num_tokens for seq in batch.rows) // self.config.cache.page_size)
+        blocks = result.steps * self.config.model.n_layers
+        self._step_cost.observe(result.blocks_run / blocks, result.row_blocks / blocks, pages, seconds / result.steps)
 
     def _end_overdue(self) -> list[RequestOutput]:
         """End the requests whose deadline has passed."""

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from eejax.config import ModelConfig
 from eejax.errors import ConfigError
 from pallas_kernels.api import kv_fill_refusals, paged_attention_refusals
+from pallas_kernels.control_flow import branch_form
 from pallas_kernels.implementation import device_refusal, resolve
 from pallas_kernels.projection import KVProjection
 
@@ -25,7 +26,8 @@ def choose_kernels(model: ModelConfig, page_size: int, dtype: jnp.dtype) -> dict
     """What `pallas_kernels` runs for this model on JAX's default device, by operation.
 
     Raises:
-        ConfigError: `EEJAX_KERNELS` has an unknown value, or demands a kernel that does not take this model.
+        ConfigError: `EEJAX_KERNELS` or `EEJAX_BRANCHES` has an unknown value, or a kernel is demanded that does not
+            take this model.
     """
     heads, size, dim = model.n_kv_heads, model.hidden_size, model.head_dim
 
@@ -43,6 +45,7 @@ def choose_kernels(model: ModelConfig, page_size: int, dtype: jnp.dtype) -> dict
     # Of the kernels that there are, the one whose device this is; Mosaic's where there is none.
     mine = "mosaic" if device_refusal("native") else "native"
     try:
+        branch_form()
         return {
             name: KernelChoice(resolve("auto", found), device_refusal(mine) or found[mine]())
             for name, found in refusals.items()

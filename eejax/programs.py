@@ -89,9 +89,9 @@ class ProgramFiles:
         model = repr((config.model, config.cache, config.decode, limits, kernels, shapes))
         return cls(base / "programs", model, devices.pop())
 
-    def path(self, kind: str, bucket: int) -> Path:
+    def path(self, kind: str, bucket: int, variant: str = "") -> Path:
         """The file of a program: another one as soon as anything differs that it may depend on."""
-        return self._named(kind, bucket, _sources(), self.model)
+        return self._named(kind, bucket, _sources(), self.model, variant)
 
     def path_by_text(self, kind: str, bucket: int, lowered: jax.stages.Lowered) -> Path:
         """The file by what the program says, for sources that differ and come to the same.
@@ -169,18 +169,21 @@ def _malloc_trim() -> Callable[[int], int]:
 
 @dataclass(slots=True)
 class Compiled:
-    """A runner's programs by kind and bucket, and how many of them XLA had to compile."""
+    """A runner's programs by kind, bucket and variant, and how many of them XLA had to compile."""
 
     files: ProgramFiles | None = None
-    programs: dict[tuple[str, int], jax.stages.Compiled] = field(default_factory=dict)
+    programs: dict[tuple[str, int, str], jax.stages.Compiled] = field(default_factory=dict)
     compilations: int = 0
 
-    def get(self, kind: str, bucket: int, lower: Callable[[], jax.stages.Lowered]) -> jax.stages.Compiled:
-        """The program for `(kind, bucket)`; on first use from its file, JAX's cache or the compiler, as announced."""
-        key = (kind, bucket)
+    def get(
+        self, kind: str, bucket: int, lower: Callable[[], jax.stages.Lowered], variant: str = ""
+    ) -> jax.stages.Compiled:
+        """The program for `(kind, bucket, variant)`; on first use from its file, JAX's cache or the compiler."""
+        key = (kind, bucket, variant)
         if key not in self.programs:
             what, start = f"{kind} for {bucket} {UNITS[kind]}{'s' * (bucket != 1)}", time.perf_counter()
-            path = self.files.path(kind, bucket) if self.files else None
+            what += f" ({variant})" if variant else ""
+            path = self.files.path(kind, bucket, variant) if self.files else None
             program, compiled = None, False
             if self.files and path and path.exists():
                 announce(Step(what))

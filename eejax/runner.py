@@ -17,11 +17,11 @@ import numpy as np
 from eejax.buckets import Piece, bucket_of, cut_prefill, segment_buckets
 from eejax.config import MIN_PREFILL_BUCKET, EngineConfig
 from eejax.decode import decode_chunk
-from eejax.decode_state import COUNTERS, DecodeState, Plan, Rows
+from eejax.decode_state import ANYTHING, COUNTERS, Asks, DecodeState, Plan, Rows
 from eejax.exits import MEASURES, ExitRows
 from eejax.kernels import choose_kernels
 from eejax.kv_cache import init_cache
-from eejax.params import DecayingThreshold
+from eejax.params import DecayingThreshold, SamplingParams
 from eejax.prefill import PrefillTokens, prefill
 from eejax.programs import Compiled, ProgramFiles
 from eejax.request import Logprob, MicroBatch, RowResult, Sequence, StepResult
@@ -63,7 +63,8 @@ class Runner:
     """Owns parameters and KV cache on the device and runs micro-batches over them.
 
     Raises:
-        ConfigError: `EEJAX_KERNELS` has an unknown value, or demands a kernel that does not take this model.
+        ConfigError: `EEJAX_KERNELS` or `EEJAX_BRANCHES` has an unknown value, or a kernel is demanded that does not
+            take this model.
     """
 
     def __init__(self, config: EngineConfig, params: dict) -> None:
@@ -82,6 +83,11 @@ class Runner:
     def compilations(self) -> int:
         """Programs that XLA compiled for this runner; those found in the compilation cache do not count."""
         return self._compiled.compilations
+
+    @property
+    def programs(self) -> int:
+        """Programs that are ready, wherever they came from."""
+        return len(self._compiled.programs)
 
     @property
     def decode_buckets(self) -> list[int]:
@@ -106,6 +112,15 @@ class Runner:
         wish = self.config.decode.compaction
         return wish == "always" or (wish == "auto" and jax.default_backend() == "cpu")
 
+    @property
+    def variants(self) -> list[Asks]:
+        """Programs that decoding has for each batch size, by what the batch's rows may ask for.
+
+        One on CPU, where code that does not run costs nothing. On a GPU a branch interrupts the CUDA graph of a step,
+        or lengthens it.
+        """
+        return [ANYTHING] if jax.default_backend() == "cpu" else Asks.every(self.config.model)
+
     def _defers(self, bucket: int) -> bool:
         """Whether fill-in is deferred in batches of `bucket` rows.
 
@@ -121,7 +136,8 @@ class Runner:
         for bucket in self.prefill_buckets:
             self._prefill_program(bucket)
         for bucket in self.decode_buckets:
-            self.decode_program(bucket)
+            for asks in self.variants:
+                self.decode_program(bucket, asks)
 
     def run(self, batch: MicroBatch, wants_hidden: bool = False) -> StepResult:
         """Run one micro-batch to its end; the only wait for the device is the copy of its results.
@@ -133,18 +149,29 @@ class Runner:
             return StepResult(rows=self._prefill(batch.rows, wants_hidden))
         return self._decode(batch)
 
-    def decode_program(self, bucket: int) -> jax.stages.Compiled:
-        """The compiled decode chunk for `bucket` rows (its `memory_analysis()` tells what it needs)."""
+    def decode_program(self, bucket: int, asks: Asks = ANYTHING) -> jax.stages.Compiled:
+        """The compiled decode chunk for `bucket` rows (its `memory_analysis()` tells what it needs).
+
+        Args:
+            asks: what its rows ask for; the program is the smallest of `variants` that has it.
+        """
+        variants = self.variants
+        asks = asks if asks in variants else variants[-1]
 
         def lower() -> jax.stages.Lowered:
-            plan = Plan(segment_buckets(bucket, self.compacts), self._defers(bucket))
+            buckets = segment_buckets(bucket, self.compacts)
+            plan = Plan(buckets, asks.exits != "none" and self._defers(bucket), asks)
             chunk = functools.partial(decode_chunk, self.config.model, self.config.scheduler.max_chunk_steps, plan)
             rows, state = self._rows((), bucket), self._state((), bucket)
             return jax.jit(chunk, donate_argnums=1).lower(
                 self.params, self.cache, rows, state, np.int32(1), np.int32(1), np.bool_(False)
             )
 
-        return self._compiled.get("decode", bucket, lower)
+        return self._compiled.get("decode", bucket, lower, str(asks) if len(variants) > 1 else "")
+
+    def decode_program_for(self, params: Seq[SamplingParams]) -> jax.stages.Compiled:
+        """The program that decodes a batch of these requests."""
+        return self.decode_program(bucket_of(len(params)), Asks.of(params))
 
     def _prefill_program(self, bucket: int) -> jax.stages.Compiled:
         def lower() -> jax.stages.Lowered:
@@ -206,7 +233,7 @@ class Runner:
     def _decode(self, batch: MicroBatch) -> StepResult:
         count, height = len(batch.rows), self.config.scheduler.max_chunk_steps
         bucket = bucket_of(max(count, batch.width))
-        self.cache, out = self.decode_program(bucket)(
+        self.cache, out = self.decode_program(bucket, Asks.of(seq.request.params for seq in batch.rows))(
             self.params,
             self.cache,
             self._rows(batch.rows, bucket),

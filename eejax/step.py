@@ -64,17 +64,22 @@ def run_pass(
         here = step.segment == index
         count = jnp.sum(here)
         goes = count > 0
-        if index:
+        if index and plan.asks.exits != "none":
             goes &= hurry | (count >= hold) | jnp.any(here & (step.held >= hold))
+        if plan.straight:
+            step = _run_segment(model, plan, rows, state, step, index, plan.buckets[0], with_waiting=False)
+            continue
         for size, fits in each_bucket(plan.buckets, count):
-            step = _run_in_bucket(model, rows, state, step, index, size, goes & fits)
+            step = _run_in_bucket(model, plan, rows, state, step, index, size, goes & fits)
     resolved = state.live & (step.segment == done)
-    step = _settle(model, rows, state, step, resolved)
+    if plan.asks.exits != "none":
+        step = _settle(model, rows, state, step, resolved)
     return score(model, plan, step, resolved), resolved
 
 
 def _run_in_bucket(
     model: EarlyExitTransformer,
+    plan: Plan,
     rows: Rows,
     state: DecodeState,
     step: Step,
@@ -85,7 +90,7 @@ def _run_in_bucket(
     """One segment in one bucket, if `chosen`; with the states that wait for it, if there are any."""
 
     def run(step: Step, with_waiting: bool) -> Step:
-        return _run_segment(model, rows, state, step, index, size, with_waiting)
+        return _run_segment(model, plan, rows, state, step, index, size, with_waiting)
 
     if step.waiting is None or index == 0:
         return run_if(chosen, lambda step: run(step, False), step)
@@ -96,6 +101,7 @@ def _run_in_bucket(
 
 def _run_segment(
     model: EarlyExitTransformer,
+    plan: Plan,
     rows: Rows,
     state: DecodeState,
     step: Step,
@@ -154,11 +160,14 @@ def _run_segment(
     if blocks.stop == config.n_layers:
         features = model.features(blocks.stop, x, middle)
         return replace(step, features=subset.put(step.features, features, runs))
-    return _test_exit(model, rows, state, step, index, subset, runs, before, x, middle)
+    if plan.asks.exits == "none":
+        return step
+    return _test_exit(model, plan, rows, state, step, index, subset, runs, before, x, middle)
 
 
 def _test_exit(
     model: EarlyExitTransformer,
+    plan: Plan,
     rows: Rows,
     state: DecodeState,
     step: Step,
@@ -219,6 +228,8 @@ def _test_exit(
         )
         return leave(step, features, seen)[0]
 
+    if plan.asks.exits == "heads":
+        return run_if(jnp.any(asks), with_head, step)
     by_logits = exits.uses(some, exits.NEEDS_LOGITS)
     step = run_if(jnp.any(asks & by_logits), with_head, step)
     return run_if(jnp.any(asks & ~by_logits), without_head, step)
@@ -276,10 +287,11 @@ def _flush(model: EarlyExitTransformer, rows: Rows, step: Step) -> Step:
 def score(model: EarlyExitTransformer, plan: Plan, step: Step, resolved: Bool[Array, " B"]) -> Step:
     """Logits of resolved rows that no exit test has scored, from the head of the exit where each one left."""
     config = model.config
-    tied = config.exits.tie_output
-    for layer in (config.n_layers,) if tied else config.exit_points:
+    # Rows that leave by a head's logits are scored where they leave.
+    one_head = config.exits.tie_output or plan.asks.exits != "any"
+    for layer in (config.n_layers,) if one_head else config.exit_points:
         todo = resolved & ~step.scored
-        todo = todo if tied else todo & (step.exit_at == layer)
+        todo = todo if one_head else todo & (step.exit_at == layer)
         for size, fits in each_bucket(plan.buckets, jnp.sum(todo)):
 
             def project(step: Step, layer: int = layer, todo: Array = todo, size: int = size) -> Step:
@@ -291,5 +303,5 @@ def score(model: EarlyExitTransformer, plan: Plan, step: Step, resolved: Bool[Ar
                     logits = subset.put(step.logits, model.logits(layer, features), subset.take(todo))
                 return replace(step, logits=logits, scored=step.scored | todo).counting(heads=1, row_heads=size)
 
-            step = run_if(fits, project, step)
+            step = project(step) if plan.straight else run_if(fits, project, step)
     return step

@@ -85,7 +85,7 @@ def answer_one_by_one(
         if several and not as_json:
             print(f"--- prompt {number}")
         seen: list[int] = []
-        for delta in begun(deltas, lambda: llm.engine.runner.decode_program(1), steps):
+        for delta in begun(deltas, lambda: llm.engine.runner.decode_program_for([params]), steps):
             seen += delta.exit_layers
             if as_json:
                 print(json.dumps({"prompt": text, **dataclasses.asdict(delta)}, ensure_ascii=False), flush=True)

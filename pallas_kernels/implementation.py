@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Literal, get_args
 
 import jax
@@ -17,10 +19,36 @@ type Refusals = Mapping[str, Callable[[], str | None]]
 """For each implementation but `xla` that an operation has: says why it does not take the arguments; None if it does."""
 
 
+def default_platform() -> str:
+    """Platform of the device that JAX computes on by default: `cpu`, `gpu` or another."""
+    device = jax.config.jax_default_device or jax.local_devices()[0]
+    return device if isinstance(device, str) else device.platform
+
+
+@cache
+def cuda_version() -> int | None:
+    """Version of the CUDA runtime beside JAX's plugin, 12080 for 12.8; None where there is no such plugin."""
+    for plugin in ("jax_cuda13_plugin", "jax_cuda12_plugin"):
+        try:
+            return importlib.import_module(f"{plugin}._versions").cuda_runtime_get_version()
+        except (ImportError, RuntimeError):  # not installed, or its runtime library is not
+            continue
+    return None
+
+
+def compiler_refusal() -> str | None:
+    """Why this CUDA cannot compile kernels for Hopper; None where it can, or where there is none."""
+    version = cuda_version()
+    # JAX refuses causal masks in its own Mosaic kernels for these (`jax.experimental.pallas.ops.gpu.attention_mgpu`).
+    if version is not None and 12080 <= version < 12091:
+        major, minor = version // 1000, version % 1000
+        return f"ptxas of CUDA 12.8.0 to 12.9.0 miscompiles masks, and this is CUDA {major}.{minor // 10}.{minor % 10}"
+    return None
+
+
 def device_refusal(implementation: str) -> str | None:
     """Why kernels cannot run on the device that JAX computes on by default; None where they can."""
-    device = jax.config.jax_default_device or jax.local_devices()[0]
-    platform = device if isinstance(device, str) else device.platform
+    device, platform = jax.config.jax_default_device or jax.local_devices()[0], default_platform()
     if implementation == "native":
         return None if platform == "cpu" else f"they are for CPUs, and the device is a {platform}"
     if platform not in ("gpu", "cuda"):
@@ -28,7 +56,7 @@ def device_refusal(implementation: str) -> str | None:
     capability = str(getattr(device, "compute_capability", "unknown"))
     if not capability.startswith("9."):
         return f"WGMMA exists on Hopper alone (compute capability 9.0), and this GPU has {capability}"
-    return None
+    return compiler_refusal()
 
 
 def resolve(implementation: str, refusals: Refusals) -> str:
@@ -55,6 +83,8 @@ def resolve(implementation: str, refusals: Refusals) -> str:
         return name
     if name not in refusals:
         raise ValueError(f"{source} is {name!r}, but there is no such kernel for this: only {', '.join(refusals)}")
+    if name == "mosaic" and (why := compiler_refusal()):
+        raise ValueError(f"{source} is {name!r}, but the kernel cannot be compiled: {why}")
     if why := refusals[name]():
         raise ValueError(f"{source} is {name!r}, but the kernel does not take these arguments: {why}")
     return name

@@ -12,8 +12,10 @@ from __future__ import annotations
 import functools
 import importlib.util
 import re
-from dataclasses import replace
+import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +28,12 @@ import pallas_kernels
 from bench.shapes import SHAPES
 from eejax.config import CacheConfig, EngineConfig, ExitConfig, ModelConfig
 from eejax.decode import decode_chunk
-from eejax.decode_state import Plan
+from eejax.decode_state import Asks, Plan
 from eejax.kv_cache import init_cache
 from eejax.model import param_shapes
 from eejax.runner import Runner
 from eejax.xla_flags import compiler_options
-from pallas_kernels import KVProjection
+from pallas_kernels import KVProjection, control_flow
 from pallas_kernels.implementation import VARIABLE
 
 PLUGINS = [name for name in ("jax_cuda13_plugin", "jax_cuda12_plugin") if importlib.util.find_spec(name)]
@@ -43,6 +45,8 @@ H100 = Path(__file__).parent / "fixtures" / "h100.txtpb"
 OPTIONS = {"xla_gpu_autotune_level": 0, **compiler_options("gpu")}  # there is no device to time kernels on
 BFLOAT16 = jnp.dtype("bfloat16")
 ROWS, WIDTH = 32, 64
+KERNELS_A_BLOCK = [(1, 19), (32, 16)]
+"""Rows, and launches of one block in one step."""
 
 
 @functools.cache
@@ -53,10 +57,10 @@ def h100() -> jax.Device:
     return found.devices[0]
 
 
-def compiled(function, *arguments, donate: tuple[int, ...] = ()) -> jax.stages.Compiled:
+def compiled(function, *arguments, donate: tuple[int, ...] = (), **options) -> jax.stages.Compiled:
     place = SingleDeviceSharding(h100())
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(np.shape(a), a.dtype, sharding=place), arguments)
-    return jax.jit(function, donate_argnums=donate).lower(*shapes).compile(compiler_options=OPTIONS)
+    return jax.jit(function, donate_argnums=donate).lower(*shapes).compile(compiler_options=OPTIONS | options)
 
 
 def shaped(*shape: int, dtype=BFLOAT16) -> jax.ShapeDtypeStruct:
@@ -114,29 +118,134 @@ def test_kernels_become_machine_code_that_stays_in_registers(name, operation, tm
     assert "sm_90a" in reports
 
 
-@pytest.mark.parametrize("fill", ["eager", "deferred"])
-def test_a_decode_chunk_updates_the_cache_in_place(fill, monkeypatch):
-    """With both kernels in it: no copy of the cache, and temporaries far below its size."""
-    monkeypatch.setenv(VARIABLE, "mosaic")
-    model = replace(SHAPES["llama-1b"], n_layers=3, exits=ExitConfig((1, 2)), vocab_size=1024)
-    chunk, arguments, cache = decode_of(model, fill)
-    program = compiled(chunk, *arguments, donate=(1,))
-    memory, size = program.memory_analysis(), 2 * cache.k.size * cache.k.dtype.itemsize
-    assert memory.alias_size_in_bytes >= size
-    assert memory.temp_size_in_bytes < size / 10
-    text, shape = program.as_text(), ",".join(map(str, cache.k.shape))
-    assert text.count('custom_call_target="mosaic_gpu') >= 2
-    assert not re.findall(rf"= \S*\[{shape}\]\S* (?:copy|copy-start|gather)\(.*", text)
+# ------------------------------------------------------------------------------------------------------ a decode chunk
 
 
-def decode_of(model: ModelConfig, fill: str):
-    """A chunk of `ROWS` rows over a large cache, and the shapes of its arguments, without making any of them."""
+class Thunk(NamedTuple):
+    """One line of what XLA runs: `indent` tells whose body it stands in."""
+
+    indent: int
+    kind: str
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A compiled decode chunk."""
+
+    program: jax.stages.Compiled
+    cache_shape: tuple[int, ...]
+    cache_bytes: int
+    thunks: tuple[Thunk, ...]
+
+    def copies_of_the_cache(self) -> list[str]:
+        shape = ",".join(map(str, self.cache_shape))
+        return re.findall(rf"= \S*\[{shape}\]\S* (?:copy|copy-start|gather)\(.*", self.program.as_text())
+
+    def host_reads(self) -> int:
+        """Predicates that the host waits for in a step: of loops and branches that no CUDA graph holds.
+
+        XLA knows the trips of some loops, and asks nobody. The loop over the steps counts: it is asked once a step.
+        """
+        around: list[Thunk] = []
+        count = 0
+        for thunk in self.thunks:
+            around = [one for one in around if one.indent < thunk.indent]
+            in_graph = any(one.kind == "kCommandBuffer" for one in around)
+            count += thunk.kind in ("kWhile", "kConditional") and not in_graph
+            around.append(thunk)
+        return count - self.program.as_text().count("known_trip_count")
+
+    def launches(self) -> int:
+        """Kernels and copies, each once wherever it stands."""
+        return sum(thunk.kind not in ("kWhile", "kConditional", "kCommandBuffer") for thunk in self.thunks)
+
+
+def decode_of(model: ModelConfig, rows: int, fill: str, asks: Asks):
+    """A chunk over a large cache, and the shapes of its arguments, without making any of them."""
     config = EngineConfig(model=model, cache=CacheConfig(2048), max_model_len=1024)
     params = jax.tree.map(lambda leaf: shaped(*leaf.shape), param_shapes(model))
     cache = jax.eval_shape(lambda: init_cache(model, config.cache, BFLOAT16))
     runner = object.__new__(Runner)  # for the form of rows and state alone
     runner.config, runner.params, runner.cache = config, params, cache
-    plan = Plan((ROWS,), fill == "deferred")
+    plan = Plan((rows,), fill == "deferred", asks)
     chunk = functools.partial(decode_chunk, model, 4, plan)
     counts = (np.int32(1), np.int32(1), np.bool_(False))
-    return chunk, (params, cache, runner._rows((), ROWS), runner._state((), ROWS), *counts), cache
+    return chunk, (params, cache, runner._rows((), rows), runner._state((), rows), *counts), cache
+
+
+@functools.cache
+def chunk_of(form: str, rows: int, fill: str, asks: Asks, layers: int = 3) -> Chunk:
+    """A model of `layers` blocks like llama-1b's, with both kernels and exits after the first two."""
+    model = replace(SHAPES["llama-1b"], n_layers=layers, exits=ExitConfig((1, 2)), vocab_size=1024)
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        patch.setenv(VARIABLE, "mosaic")
+        patch.setenv(control_flow.VARIABLE, form)
+        chunk, arguments, cache = decode_of(model, rows, fill, asks)
+        dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        program = compiled(chunk, *arguments, donate=(1,), **dump)
+        [file] = Path(folder).glob("*.thunk_sequence_after_thunk_passes.txt")
+        lines = re.findall(r"^( *)\d+: (k\w+)", file.read_text(), re.MULTILINE)
+    thunks = tuple(Thunk(len(indent), kind) for indent, kind in lines)
+    return Chunk(program, cache.k.shape, 2 * cache.k.size * cache.k.dtype.itemsize, thunks)
+
+
+FULL, HEADS, ANY = Asks("none", "greedy"), Asks("heads", "greedy"), Asks()
+CHUNKS = [
+    ("cond", 1, "eager", FULL),
+    ("cond", 1, "eager", HEADS),
+    ("cond", 1, "deferred", HEADS),
+    ("cond", 32, "eager", FULL),
+    ("cond", 32, "eager", HEADS),
+    ("cond", 32, "eager", ANY),
+    ("while", 1, "eager", ANY),
+    ("while", 32, "eager", ANY),
+    ("while", 32, "deferred", ANY),
+]
+
+
+@pytest.mark.parametrize(("form", "rows", "fill", "asks"), CHUNKS, ids=str)
+def test_a_decode_chunk_updates_the_cache_in_place(form, rows, fill, asks):
+    """With both kernels in it: no copy of the cache, and temporaries far below its size."""
+    chunk = chunk_of(form, rows, fill, asks)
+    memory = chunk.program.memory_analysis()
+    assert memory.alias_size_in_bytes >= chunk.cache_bytes
+    assert memory.temp_size_in_bytes < chunk.cache_bytes / 10
+    kernels = chunk.program.as_text().count('custom_call_target="mosaic_gpu')
+    assert kernels == 3 if asks == FULL else kernels >= 4  # attention of each block, fill-in
+    assert not chunk.copies_of_the_cache()
+
+
+@pytest.mark.parametrize(
+    ("rows", "fill", "asks", "reads"),
+    [
+        (1, "eager", FULL, 1),
+        (1, "eager", HEADS, 1),
+        (1, "deferred", HEADS, 1),
+        (32, "eager", FULL, 1),
+        (32, "eager", HEADS, 1),
+        (32, "eager", ANY, 2),  # drawing tokens takes loops, which no graph holds
+    ],
+    ids=str,
+)
+def test_the_host_is_asked_once_a_step(rows, fill, asks, reads):
+    """Whether to go on: all else is decided within one CUDA graph."""
+    assert chunk_of("cond", rows, fill, asks).host_reads() == reads
+
+
+@pytest.mark.parametrize("rows", [1, 32])
+def test_as_loops_the_host_is_asked_at_every_branch(rows):
+    """What the count above is held against."""
+    assert chunk_of("while", rows, "eager", ANY).host_reads() > 6
+
+
+@pytest.mark.parametrize(("rows", "most"), KERNELS_A_BLOCK)
+def test_kernels_a_block(rows, most):
+    """Launches that one more block adds to a step at full depth; fewer are welcome, and then written down here."""
+    more, fewer = (chunk_of("cond", rows, "eager", FULL, layers).launches() for layers in (4, 3))
+    assert 0 < more - fewer <= most
+
+
+def test_a_program_holds_only_what_its_rows_ask_for():
+    least, exits, most = (chunk_of("cond", 32, "eager", asks).launches() for asks in (FULL, HEADS, ANY))
+    assert least < exits < most
+    assert chunk_of("cond", 32, "eager", FULL).program.as_text().count("conditional(") == 0

@@ -65,6 +65,22 @@ def test_the_default_device_decides_and_may_be_a_name(monkeypatch):
         assert resolve("auto", BOTH) == "native"
 
 
+@pytest.mark.parametrize(
+    ("version", "refused"),
+    [(None, None), (12070, None), (12080, "12.8.0"), (12090, "12.9.0"), (12091, None), (13000, None)],
+)
+def test_a_compiler_that_breaks_masks_is_refused(monkeypatch, version, refused):
+    on_device(monkeypatch, "gpu", "9.0")
+    monkeypatch.setattr(implementation, "cuda_version", lambda: version)
+    assert resolve("auto", BOTH) == ("xla" if refused else "mosaic")
+    if refused is None:
+        assert resolve("mosaic", BOTH) == "mosaic"
+        return
+    assert f"CUDA {refused}" in str(device_refusal("mosaic"))
+    with pytest.raises(ValueError, match=f"miscompiles masks, and this is CUDA {refused}"):
+        resolve("mosaic", BOTH)
+
+
 @pytest.mark.parametrize(("name", "device"), [("mosaic", ("gpu", "9.0")), ("native", ("cpu", None))])
 def test_a_kernel_that_refuses_gives_way(monkeypatch, name, device):
     on_device(monkeypatch, *device)
