@@ -1,13 +1,22 @@
 """What a decoded token must read and compute, and the speed-up that early exit could give at best.
 
-Batch 1 is limited by memory: a token costs the bytes of the blocks it runs, of the heads it asks and of the keys and
-values it reads. In a batch the weights are read once for all rows, and a row's own cost is its arithmetic: 2 operations
-per weight of the blocks it runs and the heads it asks, plus attention over its own context, or over the sliding window
-of a block that has one. A block that an exit owns is part of its head. Measures without logits ask one head, where the
-token leaves; a probe asked on the way costs what its exit puts before the output matrix. The ideal speed-up is the
-ratio of these costs, full depth over early exit, of the tokens that were really produced: it knows no fill-in of the
-keys and values of blocks that a token did not run, no exit test beyond its head, no host work, and no row that waits
-for another.
+A token reads the bytes of the blocks it runs, of the heads it asks and of the keys and values of its context, and
+computes 2 operations per weight of these blocks and heads, plus attention over its own context; a block with a sliding
+window sees no more than that. A block that an exit owns is part of its head. Measures without logits ask one head,
+where the token leaves; a probe asked on the way costs what its exit puts before the output matrix.
+
+The ideal speed-up is the ratio of such costs, full depth over early exit, of the tokens that were really produced.
+There are three:
+
+* from bytes, of a row alone in its batch, which memory limits;
+* from operations, of rows in a batch so large that arithmetic alone limits it: each row counts by itself;
+* from a roofline, of a batch of any size: its rows share one reading of the weights, so a part that few tokens need is
+  read in full wherever one row needs it, and each part takes the longer of reading and computing it.
+
+None of them knows fill-in of the keys and values of blocks that a token did not run, an exit test beyond its head, or
+host work. Nor do they know rows that wait for each other: rebatching, which runs deep blocks less often for more rows
+at once, may come out ahead of the roofline's ideal. So may a machine that computes few rows far below the rate it is
+given: arithmetic then limits it at smaller batches, where leaving early saves more than the roofline grants.
 """
 
 from __future__ import annotations
@@ -15,6 +24,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from eejax.config import ModelConfig
 from eejax.exits import NEEDS_LOGITS
@@ -53,6 +64,7 @@ class ModelCost:
         itemsize: bytes of one weight or cache element.
         sliding_window, sliding_from: as in `ModelConfig`.
         block_exits: exit layers that own a block.
+        tied_output: all exit points read the same output matrix; otherwise each has its own.
     """
 
     n_layers: int
@@ -66,6 +78,7 @@ class ModelCost:
     sliding_window: int | None = None
     sliding_from: int = 0
     block_exits: tuple[int, ...] = ()
+    tied_output: bool = True
 
     @classmethod
     def of(cls, config: ModelConfig, itemsize: int) -> ModelCost:
@@ -92,14 +105,19 @@ class ModelCost:
             sliding_window=config.sliding_window,
             sliding_from=config.sliding_from,
             block_exits=config.exits.layers if config.exits.head == "block" else (),
+            tied_output=config.exits.tie_output,
         )
 
     def kv_positions(self, token: TokenCost) -> int:
         """Positions whose keys and values a token reads, added up over the blocks that it runs, exits' own included."""
-        seen = token.context if self.sliding_window is None else min(token.context, self.sliding_window)
-        below = min(token.exit_layer, self.sliding_from)
         own = sum(e in self.block_exits for e in (*token.heads, *token.probes))
-        return (below + own) * token.context + (token.exit_layer - below) * seen
+        return self.segment_positions(token, 0, token.exit_layer) + own * token.context
+
+    def segment_positions(self, token: TokenCost, start: int, stop: int) -> int:
+        """The same over the model's blocks `start..stop-1`, counted from 0, which the token must run."""
+        seen = token.context if self.sliding_window is None else min(token.context, self.sliding_window)
+        below = min(stop, self.sliding_from) - min(start, self.sliding_from)
+        return below * token.context + (stop - start - below) * seen
 
     def weights(self, token: TokenCost) -> int:
         """Parameters of all that a token runs and asks."""
@@ -188,6 +206,106 @@ def ideal_from_operations(cost: ModelCost, tokens: Sequence[TokenCost], extra: i
     """Ideal speed-up of rows in a batch; `extra` operations, prefill say, are the same in both."""
     full = sum(map(cost.token_ops, at_full_depth(tokens, cost.n_layers)))
     return (full + extra) / (sum(map(cost.token_ops, tokens)) + extra)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What a step runs at once for all rows that need it.
+
+    Attributes:
+        weights: its parameters.
+        share: of the tokens, those that need it.
+        kv_positions: positions whose keys and values such a token reads in it, mean over these tokens.
+    """
+
+    weights: int
+    share: float
+    kv_positions: float
+
+    @classmethod
+    def of(cls, weights: int, positions: Sequence[int], tokens: int) -> _Part:
+        """A part that `len(positions)` of `tokens` tokens need, each to read so many positions."""
+        return cls(weights, len(positions) / tokens, sum(positions) / max(1, len(positions)))
+
+
+def _parts(cost: ModelCost, tokens: Sequence[TokenCost]) -> list[_Part]:
+    """All that the steps of `tokens` run: segments, and the heads, bodies and output matrices apart."""
+    found, start = [], 0
+    # A probe reads a body alone, so a body may be needed where its output matrix is not.
+    matrix = min(head - cost.body_params.get(e, 0) for e, head in cost.head_params.items())
+    for stop in sorted(cost.head_params):
+        runs = [cost.segment_positions(token, start, stop) for token in tokens if token.exit_layer >= stop]
+        asks = [
+            token.context if stop in cost.block_exits else 0
+            for token in tokens
+            if stop in token.heads or stop in token.probes
+        ]
+        found.append(_Part.of((stop - start) * cost.block_params, runs, len(tokens)))
+        found.append(_Part.of(cost.head_params[stop] - matrix, asks, len(tokens)))
+        start = stop
+    # Logits that decide whether a token leaves are computed at their exit. All others only name the token, so they can
+    # wait for the end of the step, where one reading of the output matrix that they share is enough.
+    deciding = {e for token in tokens for e in token.heads if e < token.exit_layer}
+    others = cost.head_params.keys() - deciding
+    readings = [{e} for e in deciding] + ([others] if cost.tied_output else [{e} for e in others])
+    for points in readings:
+        asks = [0 for token in tokens if not points.isdisjoint(token.heads)]
+        found.append(_Part.of(matrix, asks, len(tokens)))
+    return found
+
+
+def _binomial(count: int, share: float) -> np.ndarray:
+    """Chances that 0 to `count` of `count` rows need what each needs with chance `share`.
+
+    Row by row, so that nothing but positive numbers is ever added, no coefficient overflows, and 0 and 1 are exact.
+    """
+    chances = np.ones(1)
+    for _ in range(count):
+        chances = np.convolve(chances, (1 - share, share))
+    return chances
+
+
+def _step_seconds(
+    cost: ModelCost, tokens: Sequence[TokenCost], batch_size: int, bandwidth: float, rate: float
+) -> float:
+    """Expected time of one step, as `ideal_from_roofline` has it."""
+    seconds, rows = 0.0, np.arange(batch_size + 1)
+    for part in _parts(cost, tokens):
+        read = (rows > 0) * part.weights + rows * (part.kv_positions * cost.kv_per_token)
+        ops = rows * (2 * part.weights + part.kv_positions * cost.attention_ops)
+        times = np.maximum(cost.itemsize * read / bandwidth, ops / rate)
+        seconds += float(_binomial(batch_size, part.share) @ times)
+    return seconds
+
+
+def ideal_from_roofline(
+    cost: ModelCost, tokens: Sequence[TokenCost], batch_size: int, bandwidth: float, rate: float
+) -> float:
+    """Ideal speed-up of a batch: expected time of a step at full depth over that of a step with early exit.
+
+    A step runs parts one after another: each segment (the blocks between two neighbouring exits), each head's body and
+    each output matrix. A part of `w` parameters is needed by a share `p` of `tokens`, and a token that needs it reads
+    `n` positions in it (mean). A step's rows need it or not independently of each other, so the number of rows that do
+    is binomial, and the expected time of a step is
+
+        sum over parts of sum over k of C(B, k) p^k (1 - p)^(B - k) max(bytes(k) / bandwidth, ops(k) / rate)
+
+        bytes(k) = itemsize * (w + k * n * kv_per_token), or 0 where k is 0
+        ops(k) = k * (2 * w + n * attention_ops)
+
+    Weights are read once if any row needs them, keys and values by every row. Without a limit to the rate and at batch
+    1 this is `ideal_from_bytes`, without a limit to the bandwidth `ideal_from_operations`.
+
+    A body and its output matrix are needed by the same rows, but where probes read bodies alone. One reading of the
+    output matrix serves all rows whose logits decide nothing, if their exit points share it.
+
+    Args:
+        batch_size: rows of every step, B above.
+        bandwidth: bytes per second.
+        rate: operations per second.
+    """
+    full = _step_seconds(cost, at_full_depth(tokens, cost.n_layers), batch_size, bandwidth, rate)
+    return full / _step_seconds(cost, tokens, batch_size, bandwidth, rate)
 
 
 def prefill_ops(cost: ModelCost, input_len: int) -> int:

@@ -119,7 +119,7 @@ def compare(
     """Figures by batch size: `full_depth` by rule, `early_exit` as a list of settings, each by rule.
 
     Full depth is the fastest of the rules' own full-depth medians, the same for all; so no rule gains by making full
-    depth slow. The ideal is of the rule's own tokens (`bench.cost`).
+    depth slow. The ideal is of the rule's own tokens (`bench.cost`), at the rates of `ceiling` in a batch.
     """
     config = next(iter(llms.values())).config.model
     found: dict[int, dict[str, Any]] = {}
@@ -134,7 +134,7 @@ def compare(
             tokens = [token for one in mine[0] for token in token_costs(one, config, cell.early_exit)]
             known = figures(cell, mine, tokens, cost, ceiling)
             if cell.early_exit is not None:
-                known |= speedups(cost, tokens, batch, full, known["time_per_output_token_ms"] / 1e3)
+                known |= speedups(cost, tokens, ceiling, batch, full, known["time_per_output_token_ms"] / 1e3)
             settings.setdefault(cell.early_exit, {})[cell.rule] = known
         found[batch] = {
             "full_depth": settings.pop(None),

@@ -21,7 +21,7 @@ QUALITY: tuple[Column, ...] = (
     ("identical", "identical", 3),
     ("bits_per_byte", "bits/byte", 3),
     ("ideal_speedup_alone", "ideal alone", 3),
-    ("ideal_speedup_in_batch", "in a batch", 3),
+    ("ideal_speedup_in_batch", "by operations", 3),
 )
 SPEED: tuple[Column, ...] = (
     ("output_tokens_per_s", "tok/s", 1),
@@ -32,6 +32,7 @@ SPEED: tuple[Column, ...] = (
     ("share_of_bound", "of bound", 3),
     ("measured_speedup", "measured", 3),
     ("ideal_speedup", "ideal", 3),
+    ("ideal_speedup_by_operations", "by operations", 3),
     ("quotient", "quotient", 3),
 )
 """Key in a setting's figures, heading, digits."""

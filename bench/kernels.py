@@ -101,10 +101,14 @@ def interpreted() -> Iterator[None]:
 
 
 class Sweep:
-    """All cells, one after the other. `result` grows with each, and is whole when `run` returns."""
+    """All cells, one after the other. `result` grows with each, and is whole when `run` returns.
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self._args, self._start = args, time.monotonic()
+    Args:
+        on_row: called with the operation and each new row.
+    """
+
+    def __init__(self, args: argparse.Namespace, on_row: Callable[[str, dict[str, Any]], None] | None = None) -> None:
+        self._args, self._start, self._on_row = args, time.monotonic(), on_row
         self._options = {"repeats": args.repeats, "profile": args.profile, "seed": args.seed}
         if args.dry_run:
             self._options["turns"] = DRY_TURNS
@@ -233,6 +237,8 @@ class Sweep:
                 continue
             self.result[op].append(row)
             print(f"{label}: {json.dumps(row['implementations'])}", file=sys.stderr, flush=True)
+            if self._on_row is not None:
+                self._on_row(op, row)
             if self._args.output_json is not None:  # what is there if the rest never comes
                 self._args.output_json.parent.mkdir(parents=True, exist_ok=True)
                 self._args.output_json.write_text(json.dumps({**self.result, "complete": False}) + "\n")

@@ -11,8 +11,6 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-
 from bench import machine
 from bench.common import (
     Ceiling,
@@ -32,15 +30,19 @@ from bench.common import (
     show_table,
     table_row,
 )
-from bench.cost import ModelCost, TokenCost, at_full_depth, ideal_from_bytes, ideal_from_operations
+from bench.cost import (
+    ModelCost,
+    TokenCost,
+    at_full_depth,
+    ideal_from_bytes,
+    ideal_from_operations,
+    ideal_from_roofline,
+)
 from bench.rounds import MODES, Round, request_params, run_interleaved, token_costs
-from bench.shapes import shape
-from eejax.buckets import bucket_of
-from eejax.checks import require
-from eejax.config import MIN_PREFILL_BUCKET, CacheConfig, EngineConfig, SchedulerConfig
-from eejax.model import param_shapes
-from eejax.options import default_num_pages, resolve_dtype
-from eejax.runner import Runner
+
+FROM_BYTES = "bytes of a token's blocks, heads and KV"
+FROM_ROOFLINE = "roofline: for each segment and head the larger of bytes and operations, at the measured rates"
+"""Where the ideal speed-up comes from, alone and in a batch."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -52,35 +54,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--batch-size", type=at_least(1), default=1, help="requests at once (%(default)s)")
     found.add_argument("--num-iters-warmup", type=at_least(1), default=2, help="untimed rounds (%(default)s)")
     found.add_argument("--num-iters", type=at_least(1), default=5, help="timed rounds of each mode (%(default)s)")
-    found.add_argument(
-        "--compile-only",
-        action="store_true",
-        help="compile what the run would need into the compilation cache, and end: no weights are made",
-    )
     return found
-
-
-def compile_ahead(chosen: ModelOptions, args: argparse.Namespace) -> dict[str, Any]:
-    """Compile the two programs of a run, a prompt's prefill and the batch's decoding, from shapes alone.
-
-    Raises:
-        ConfigError: the model is a checkpoint; its weights may as well be read.
-    """
-    require(chosen.random is not None, "--compile-only makes no weights, so it needs --random and not --model")
-    model, dtype = shape(chosen.random or "", chosen.exit_layers), resolve_dtype(chosen.dtype)
-    length, slots, size = args.input_len + args.output_len, args.batch_size, chosen.page_size
-    engine = EngineConfig(
-        model=model,
-        cache=CacheConfig(default_num_pages(model, length, slots, size, dtype.itemsize), size),
-        scheduler=SchedulerConfig(slots),
-        decode=decode_of(args),
-        max_model_len=length,
-    )
-    weights = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), param_shapes(model))
-    runner = Runner(engine, weights)
-    runner.decode_program(bucket_of(slots))
-    runner._prefill_program(min(bucket_of(args.input_len, MIN_PREFILL_BUCKET), runner.prefill_buckets[-1]))
-    return {"bench": "latency", "compile_only": True, "options": options_of(args), "compilations": runner.compilations}
 
 
 def decode_window(one: Round) -> tuple[float, float]:
@@ -124,20 +98,26 @@ def summary(
 
 
 def speedups(
-    cost: ModelCost, tokens: Sequence[TokenCost], batch_size: int, full: float, early: float
+    cost: ModelCost, tokens: Sequence[TokenCost], ceiling: Ceiling, batch_size: int, full: float, early: float
 ) -> dict[str, Any]:
     """Measured and ideal speed-up of decoding, and their quotient.
 
     Args:
         tokens: what the early-exit round's tokens needed.
+        ceiling: rates of the ideal of a batch.
         full, early: time of a step in each mode, in any unit.
     """
     alone = batch_size == 1
-    ideal = ideal_from_bytes(cost, tokens) if alone else ideal_from_operations(cost, tokens)
+    if alone:
+        ideal = ideal_from_bytes(cost, tokens)
+    else:
+        ideal = ideal_from_roofline(cost, tokens, batch_size, ceiling.bandwidth, ceiling.arithmetic)
     whole = sum(cost.token_bytes(token) for token in at_full_depth(tokens, cost.n_layers))
     return {
         "ideal_speedup": ideal,
-        "ideal_speedup_from": "bytes of a token's blocks, heads and KV" if alone else "operations of each row",
+        "ideal_speedup_from": FROM_BYTES if alone else FROM_ROOFLINE,
+        # Where arithmetic would limit every part of a step.
+        "ideal_speedup_by_operations": None if alone else ideal_from_operations(cost, tokens),
         "measured_speedup": full / early,
         "quotient": full / early / ideal,
         # In a batch, fill-in is a by-product of the blocks that other rows run.
@@ -161,9 +141,6 @@ def main(arguments: list[str]) -> None:
     """Run the benchmark."""
     args = parser().parse_args(arguments)
     chosen, batch = ModelOptions.of(args), args.batch_size
-    if args.compile_only:
-        finish(compile_ahead(chosen, args), args.output_json)
-        return
     llm = chosen.build(max_model_len=args.input_len + args.output_len, max_num_seqs=batch, decode=decode_of(args))
     config = llm.config.model
     cost = ModelCost.of(config, dtype_of(llm).itemsize)
@@ -190,7 +167,7 @@ def main(arguments: list[str]) -> None:
         "options": options_of(args),
         "machine": ceiling.to_dict(),
         "modes": modes,
-        **speedups(cost, tokens["early_exit"], batch, full, early),
+        **speedups(cost, tokens["early_exit"], ceiling, batch, full, early),
     }
     _show(result)
     finish(result, args.output_json)
@@ -220,9 +197,11 @@ def _show(result: dict[str, Any]) -> None:
         f"latency: {model['name']}, {model['dtype']}, batch {options['batch_size']}, {options['input_len']} tokens in, "
         f"{options['output_len']} out, {options['num_iters']} rounds each"
     )
+    operations = result["ideal_speedup_by_operations"]
+    limit = "" if operations is None else f"; by operations alone {operations:.3f}"
     notes = [
         f"speed-up while decoding: measured {result['measured_speedup']:.3f}, ideal {result['ideal_speedup']:.3f} "
-        f"(from {result['ideal_speedup_from']}), quotient {result['quotient']:.3f}"
+        f"(from {result['ideal_speedup_from']}{limit}), quotient {result['quotient']:.3f}"
     ]
     if options["batch_size"] == 1:
         shares = [mode["share_of_own_bandwidth_bound"] for mode in modes.values()]

@@ -20,6 +20,7 @@ from bench.cost import (
     heads_asked,
     ideal_from_bytes,
     ideal_from_operations,
+    ideal_from_roofline,
     prefill_ops,
 )
 from bench.rounds import Answer, Round, request_params, run_round
@@ -143,13 +144,19 @@ def test_decode_window_of_a_batch() -> None:
 def test_quotient_of_known_times() -> None:
     tokens = [TokenCost(4, 10, (4,)), TokenCost(12, 10, (12,))]
     ideal = 2 * (12 * 120 + 50) / (16 * 120 + 100)
-    found = latency.speedups(COST, tokens, 1, full=6.0, early=5.0)
+    found = latency.speedups(COST, tokens, CEILING, 1, full=6.0, early=5.0)
     assert found["ideal_speedup"] == pytest.approx(ideal)
     assert found["measured_speedup"] == pytest.approx(1.2)
     assert found["quotient"] == pytest.approx(1.2 / ideal)
     assert found["fill_in_share_of_full_depth_bytes"] == pytest.approx(8 * 10 / (2 * (12 * 120 + 50)))
-    batch = latency.speedups(COST, tokens, 2, full=6.0, early=5.0)
-    assert batch["ideal_speedup"] == pytest.approx(ideal_from_operations(COST, tokens))
+    assert found["ideal_speedup_by_operations"] is None
+    batch = latency.speedups(COST, tokens, CEILING, 2, full=6.0, early=5.0)
+    roofline = ideal_from_roofline(COST, tokens, 2, bandwidth=1000.0, rate=10_000.0)
+    assert 1 < roofline < ideal_from_operations(COST, tokens)  # two rows share the weights that they read
+    assert batch["ideal_speedup"] == pytest.approx(roofline)
+    assert batch["ideal_speedup_from"].startswith("roofline")
+    assert batch["ideal_speedup_by_operations"] == pytest.approx(ideal_from_operations(COST, tokens))
+    assert batch["quotient"] == pytest.approx(1.2 / roofline)
     assert batch["fill_in_share_of_full_depth_bytes"] is None
 
 
@@ -255,9 +262,15 @@ def test_bandwidth_is_bytes_over_the_best_time(monkeypatch: pytest.MonkeyPatch) 
     assert machine.read_bandwidth(size, repeats=2) == size  # every pass takes one second of this clock
 
 
-def run_bench(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict:
+def bench_output(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[dict, str]:
+    """The result, and what was printed before it."""
     assert main([str(one) for one in arguments]) == 0
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
+    *shown, result = capsys.readouterr().out.splitlines()
+    return json.loads(result), "\n".join(shown)
+
+
+def run_bench(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict:
+    return bench_output(capsys, *arguments)[0]
 
 
 @pytest.fixture(autouse=True)
@@ -274,7 +287,7 @@ DRY = ("--random", "tiny", "--replay", "0.7,0.2", "--num-iters", 2, "--num-iters
 def test_latency_dry_run(capsys: pytest.CaptureFixture[str], tmp_path: Path, batch: int) -> None:
     file = tmp_path / "new" / "latency.json"
     sizes = ("--input-len", 9, "--output-len", 24, "--batch-size", batch)
-    found = run_bench(capsys, "latency", *DRY, *sizes, "--output-json", file)
+    found, shown = bench_output(capsys, "latency", *DRY, *sizes, "--output-json", file)
     assert json.loads(file.read_text()) == found
     assert {"date", "device", "cpu_model", "jax", "git_commit", "machine", "options"} <= found.keys()
     assert found["model"]["exit_layers"] == [2, 4]
@@ -285,6 +298,10 @@ def test_latency_dry_run(capsys: pytest.CaptureFixture[str], tmp_path: Path, bat
     assert early["blocks_per_step"] >= early["mean_exit_layer"] - 1e-4
     if batch == 1:
         assert early["blocks_per_step"] == pytest.approx(early["mean_exit_layer"])
+        assert (found["ideal_speedup_by_operations"], "by operations alone" in shown) == (None, False)
+    else:
+        assert found["ideal_speedup_from"].startswith("roofline")
+        assert f"by operations alone {found['ideal_speedup_by_operations']:.3f}" in shown
     assert found["ideal_speedup"] > 1
     assert found["quotient"] == pytest.approx(found["measured_speedup"] / found["ideal_speedup"], rel=1e-4)
     assert len(early["rounds_ms_per_token"]) == 2

@@ -14,7 +14,7 @@ import pytest
 from bench import exits, machine
 from bench.__main__ import main
 from bench.common import Ceiling
-from bench.cost import ModelCost, TokenCost, ideal_from_bytes, ideal_from_operations
+from bench.cost import ModelCost, TokenCost, ideal_from_bytes, ideal_from_operations, ideal_from_roofline
 from bench.exit_frontier import best_settings, plot_frontier
 from bench.exit_quality import HeldOut, Quality
 from bench.exit_speed import Cell, compare, prompts_at, step_seconds
@@ -125,7 +125,11 @@ def test_rules_are_compared_with_the_fastest_full_depth() -> None:
     pair = found[2]["early_exit"][0]["rows"]
     assert pair["measured_speedup"] == pytest.approx(8 / 4)
     tokens += [TokenCost(6, 6, (2, 4, 6)), TokenCost(6, 7, (2, 4, 6))]
-    assert pair["ideal_speedup"] == pytest.approx(ideal_from_operations(COST, tokens))
+    roofline = ideal_from_roofline(COST, tokens, 2, CEILING.bandwidth, CEILING.arithmetic)
+    assert pair["ideal_speedup"] == pytest.approx(roofline)
+    assert roofline < 0.99 * ideal_from_operations(COST, tokens)
+    assert pair["quotient"] == pytest.approx(8 / 4 / roofline)
+    assert pair["ideal_speedup_by_operations"] == pytest.approx(ideal_from_operations(COST, tokens))
     assert pair["output_tokens_per_s"] == pytest.approx(2 / 2)
     assert {batch: one["requests_that_differ"] for batch, one in found.items()} == {1: 1, 2: 0}
 

@@ -1,9 +1,8 @@
-"""`bench kernels` and `bench/gpu_check.sh`: bytes by hand, failures as rows, a dry run. No time is ever asserted."""
+"""`bench kernels`: bytes by hand, failures as rows, a dry run. No time is ever asserted."""
 
 from __future__ import annotations
 
 import json
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bench import common, gpu_check, kernel_attention, kernel_fill, kernels, latency
+from bench import common, kernel_attention, kernel_fill, kernels
 from bench.__main__ import main
 from bench.kernel_attention import AttentionCase
 from bench.kernel_fill import FillCase
@@ -27,11 +26,7 @@ from bench.kernel_timing import (
     turns_for,
 )
 from bench.shapes import SHAPES, shape
-from eejax import SamplingParams
-from eejax.config import ExitConfig
 from eejax.model import count_params, param_shapes
-
-SCRIPT = Path(__file__).parent.parent / "bench" / "gpu_check.sh"
 
 
 def test_bytes_of_attention_by_hand() -> None:
@@ -213,75 +208,3 @@ def test_random_parameters_are_made_in_their_own_dtype() -> None:
 
 def test_llama_7b_has_the_size_of_llama_2() -> None:
     assert count_params(param_shapes(SHAPES["llama-7b"])) == 6_738_415_616
-
-
-def test_what_is_compiled_ahead_is_what_a_run_needs(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Its widths are its own, so that no other test has compiled these programs into the cache.
-    small = replace(SHAPES["tiny"], n_layers=2, hidden_size=24, head_dim=12, exits=ExitConfig((1,)))
-    monkeypatch.setitem(SHAPES, "tiny", small)
-    arguments = ["--random", "tiny", "--input-len", "5", "--output-len", "11", "--replay", "0.5", "--fill", "deferred"]
-    args = latency.parser().parse_args(arguments)
-    assert main(["latency", *arguments, "--compile-only"]) == 0
-    assert json.loads(capsys.readouterr().out)["compilations"] == 2
-    llm = common.ModelOptions.of(args).build(max_model_len=16, max_num_seqs=1, decode=common.decode_of(args))
-    params = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
-    llm.generate(common.random_prompts(1, 5, 64, 0), params, use_tqdm=False)
-    assert llm.stats().compilations == 0
-    assert main(["latency", "--model", "x", "--compile-only"]) == 2
-
-
-def test_cells_of_the_gpu_check(tmp_path: Path) -> None:
-    every = gpu_check.cells(dry_run=False)
-    assert {(cell.model, cell.batch, cell.fill) for cell in every} == {
-        (model, batch, fill)
-        for model in ("llama-7b", "llama-1b")
-        for batch in (1, 8, 64)
-        for fill in ("eager", "deferred")
-    }
-    assert len({cell.name for cell in every}) == len(every)
-    for cell in every:
-        args = latency.parser().parse_args(cell.arguments(tmp_path, dry_run=False)[1:])
-        assert (args.random, args.batch_size, args.fill, args.dtype) == (cell.model, cell.batch, cell.fill, "bfloat16")
-        assert args.output_json == tmp_path / f"{cell.name}.json"
-
-
-def test_variants_add_to_the_flags_that_are_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XLA_FLAGS", "--mine=1")
-    flags = {cell.variant: gpu_check.environment(cell)["XLA_FLAGS"] for cell in gpu_check.cells(dry_run=True)}
-    assert flags[""] == "--mine=1"
-    assert flags["nograph"] == "--mine=1 --xla_gpu_enable_command_buffer="
-    assert "+WHILE" in flags["while"]
-
-
-def test_table_of_what_there_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "stages.tsv").write_text("tests\tok\t3\nkernels-fill\tFAILED: out of time\t90\n")
-    (tmp_path / "broken.json").write_text("{")
-    row = {"batch": 32, "context": 2048, "heads": 32, "kv_heads": 8, "active": 32}
-    row["implementations"] = {"mosaic": {"us": 91.25, "of_copy_bandwidth": 0.875}, "xla": {"reason": "no"}}
-    result = {"attention": [row], "fill": [], "device": "gpu: H100", "copy_bandwidth_gb_s": 2900.0}
-    (tmp_path / "kernels-attention.json").write_text(json.dumps(result))
-    mode = {"time_per_output_token_ms": {"p50": 5.125}, "share_of_bandwidth_bound": 0.81}
-    found = {"modes": {"full_depth": mode, "early_exit": mode}, "measured_speedup": 1.5, "ideal_speedup": 1.6}
-    (tmp_path / "latency-llama-7b-1-eager.json").write_text(json.dumps({**found, "quotient": 0.94}))
-    assert gpu_check.main(["table", "--out", str(tmp_path)]) == 0
-    shown = capsys.readouterr().out
-    for text in (
-        "FAILED: out of time",
-        "broken.json",
-        "91.2",
-        "0.88",
-        "llama-7b-1-eager",
-        "5.125",
-        "0.81",
-        "2900 GB/s",
-    ):
-        assert text in shown
-    assert "DRY RUN" not in shown
-
-
-def test_the_script_refuses_unknown_options() -> None:
-    done = subprocess.run(["bash", str(SCRIPT), "--dry"], capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "--dry" in done.stderr

@@ -1,0 +1,145 @@
+"""Decoding of a model with random weights in bfloat16: full depth, exits replayed, heads asked in vain.
+
+    python -m bench.gpu.decoding --model llama-7b --batch 1 --runs full,eager-cond,deferred-cond,eager-while,asked
+
+Runs are measured in turn, over the same weights, in one process. `--compile-only` compiles what they need into the
+compilation cache, from shapes alone, so that a measuring process finds it there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from bench.common import Ceiling, median, random_params, random_prompts, replay_params
+from bench.cost import ModelCost
+from bench.gpu.record import RESULTS, report, results
+from bench.latency import decode_window, speedups, summary
+from bench.rounds import Round, request_params, run_round, token_costs
+from bench.shapes import SHAPES, shape
+from eejax import LLM, EarlyExitParams
+from eejax.buckets import bucket_of
+from eejax.config import MIN_PREFILL_BUCKET, CacheConfig, DecodeConfig, EngineConfig, FillMode, SchedulerConfig
+from eejax.model import param_shapes
+from eejax.options import default_num_pages, resolve_dtype
+from eejax.runner import Runner
+from pallas_kernels.control_flow import VARIABLE
+
+REPLAY = (0.7, 0.2)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One way to decode: how K and V are filled in, the form of branches, and who may leave."""
+
+    fill: FillMode = "eager"
+    branches: str = "cond"
+    early_exit: EarlyExitParams | None = None
+
+
+RUNS = {
+    "full": Run(),
+    "eager-cond": Run(early_exit=replay_params(REPLAY)),
+    "deferred-cond": Run("deferred", early_exit=replay_params(REPLAY)),
+    "eager-while": Run(branches="while", early_exit=replay_params(REPLAY)),
+    # No margin reaches 1: nobody leaves, and every head is asked.
+    "asked": Run(early_exit=EarlyExitParams(1.0, "margin")),
+}
+"""`full` has no branches, so its form does not matter."""
+
+
+def engine_config(model: str, batch: int, length: int, run: Run) -> EngineConfig:
+    """What `LLM.from_params` makes of the same options."""
+    config = shape(model)
+    pages = default_num_pages(config, length, batch, 64, resolve_dtype("bfloat16").itemsize)
+    decode = DecodeConfig("auto", run.fill, "never")
+    return EngineConfig(config, CacheConfig(pages, 64), SchedulerConfig(batch), decode, max_model_len=length)
+
+
+def compile_ahead(model: str, batch: int, lengths: tuple[int, int], names: list[str]) -> int:
+    """Compile prefill and the runs' programs. Returns how many were not in the cache."""
+    dtype, compiled = resolve_dtype("bfloat16"), 0
+    weights = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), param_shapes(shape(model)))
+    for name in names:
+        run = RUNS[name]
+        os.environ[VARIABLE] = run.branches
+        runner = Runner(engine_config(model, batch, sum(lengths), run), weights)
+        runner.decode_program_for(request_params(batch, 2, 0, run.early_exit, ignore_eos=True))
+        tokens = min(lengths[0] * batch, runner.prefill_buckets[-1])
+        runner._prefill_program(bucket_of(tokens if runner._prefill_rows > 1 else lengths[0], MIN_PREFILL_BUCKET))
+        compiled += runner.compilations
+    return compiled
+
+
+def known_ceiling() -> Ceiling | None:
+    """The rates that the check's first stage measured; None where it did not."""
+    path = Path(os.environ.get(RESULTS, ""))
+    found = {one["name"]: one for one in results(path.parent)} if path.is_file() else {}
+    if not {"copy", "product"} <= found.keys():
+        return None
+    return Ceiling(1e9 * found["copy"]["gb_s"], 0, 1e12 * found["product"]["tflop_s"])
+
+
+def measure(model: str, batch: int, lengths: tuple[int, int], names: list[str], rounds: int) -> None:
+    """Report every run after every round, beside `full`."""
+    config = shape(model)
+    params = random_params(config, resolve_dtype("bfloat16"), seed=0)
+    prompts = random_prompts(batch, lengths[0], config.vocab_size, seed=0)
+    cost = ModelCost.of(config, 2)
+    ceiling = known_ceiling() or Ceiling.measure(cost.step_bytes(cost.n_layers, 1, 0), resolve_dtype("bfloat16"))
+    engines: dict[str, LLM] = {}
+    done: dict[str, list[Round]] = {}
+    for number in range(1 + rounds):
+        for name in names:
+            run = RUNS[name]
+            os.environ[VARIABLE] = run.branches
+            if name not in engines:
+                options = {"max_model_len": sum(lengths), "max_num_seqs": batch, "dtype": "bfloat16"}
+                engines[name] = LLM.from_params(config, params, fill=run.fill, rebatching="never", **options)
+            requests = request_params(batch, lengths[1], 0, run.early_exit, ignore_eos=True)
+            one = run_round(engines[name], prompts, requests)
+            done[name] = [*done.get(name, []), one] if number else []  # the first round compiles, and does not count
+            _report(model, batch, name, done[name] or [one], done.get("full", []), cost, ceiling)
+
+
+def _report(
+    model: str, batch: int, name: str, rounds: list[Round], full: list[Round], cost: ModelCost, ceiling: Ceiling
+) -> None:
+    tokens = token_costs(rounds[0], shape(model), RUNS[name].early_exit)
+    found = summary(rounds, tokens, cost, ceiling, batch)
+    keys = ("time_per_output_token_ms", "output_tokens_per_s", "share_of_bandwidth_bound", "mean_exit_layer")
+    beside = {}
+    if full:
+        steps = len(tokens) // batch
+        times = [median([decode_window(one)[1] / steps for one in many]) for many in (full, rounds)]
+        beside = speedups(cost, tokens, ceiling, batch, *times)
+    counts = {key: found[key] for key in ("blocks_run_over_full_depth", "heads_per_step")}
+    figures = {key: found[key] for key in keys}
+    report("decode", f"{model} {batch} {name}", rounds=len(rounds), **figures, **counts, **beside)
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.decoding")
+    parser.add_argument("--model", choices=sorted(SHAPES), required=True)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--runs", default="full,eager-cond", help="of " + ", ".join(RUNS))
+    parser.add_argument("--compile-only", action="store_true")
+    parser.add_argument("--dry-run", action="store_true", help="few tokens")
+    args = parser.parse_args(arguments)
+    names, lengths = args.runs.split(","), (8, 8) if args.dry_run else (32, 96)
+    if args.compile_only:
+        report("compiled", f"{args.model} {args.batch} {args.runs}",
+               programs=compile_ahead(args.model, args.batch, lengths, names))  # fmt: skip
+    else:
+        measure(args.model, args.batch, lengths, names, rounds=1 if args.dry_run else 5)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
