@@ -55,7 +55,7 @@ class Check:
         self._small()
         for op in ("attention", "fill"):
             without = ["--without", "mosaic"] if op in self._broken else []
-            self._stage([self._task(op, [op, "--seconds", "50", *without], 60, module="kernels")])
+            self._stage([self._task(op, [op, "--seconds", "38", *without], 48, module="kernels")])
         self._decode(self._large, 1, LARGE_RUNS, 80)
         raw = str(self.work / "raw")
         self._stage([self._task("profile", ["--model", self._large, "--raw", raw], 45)])

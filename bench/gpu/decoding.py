@@ -92,17 +92,18 @@ def measure(model: str, batch: int, lengths: tuple[int, int], names: list[str], 
     prompts = random_prompts(batch, lengths[0], config.vocab_size, seed=0)
     cost = ModelCost.of(config, 2)
     ceiling = known_ceiling() or Ceiling.measure(cost.step_bytes(cost.n_layers, 1, 0), resolve_dtype("bfloat16"))
-    engines: dict[str, LLM] = {}
+    engines: dict[tuple[str, str], LLM] = {}  # by what their programs are traced with
     done: dict[str, list[Round]] = {}
     for number in range(1 + rounds):
         for name in names:
             run = RUNS[name]
             os.environ[VARIABLE] = run.branches
-            if name not in engines:
+            key = run.fill, run.branches
+            if key not in engines:
                 options = {"max_model_len": sum(lengths), "max_num_seqs": batch, "dtype": "bfloat16"}
-                engines[name] = LLM.from_params(config, params, fill=run.fill, rebatching="never", **options)
+                engines[key] = LLM.from_params(config, params, fill=run.fill, rebatching="never", **options)
             requests = request_params(batch, lengths[1], 0, run.early_exit, ignore_eos=True)
-            one = run_round(engines[name], prompts, requests)
+            one = run_round(engines[key], prompts, requests)
             done[name] = [*done.get(name, []), one] if number else []  # the first round compiles, and does not count
             _report(model, batch, name, done[name] or [one], done.get("full", []), cost, ceiling)
 
