@@ -41,7 +41,7 @@ def test_an_answer_is_scored_as_it_was_decoded(shape, measure):
         assert set(scores.exit_layers[:start]) == {config.n_layers}
         assert tuple(scores.choices[start - 1 : -1]) == case.expected.token_ids, name
         np.testing.assert_allclose(scores.logprobs[start - 1 : -1], case.expected.logprobs, atol=TOLERANCE)
-    assert set(runner._compiled.programs) == {("score", 16)}  # one program for all thresholds
+    assert set(runner._compiled.programs) == {("score", 16, "")}  # one program for all thresholds
 
 
 @pytest.mark.parametrize("shape", ["gqa", "block_own"])
