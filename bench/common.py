@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ from rich.table import Table
 
 from bench import machine
 from bench.cost import ModelCost
+from bench.rounding import rounded
 from bench.shapes import SHAPES, shape
 from eejax import LLM, EarlyExitParams
 from eejax.config import Choice, DecodeConfig, FillMode, ModelConfig
@@ -313,19 +313,8 @@ def show_table(
 
 def finish(result: dict[str, Any], output_json: Path | None) -> None:
     """Print the result as one line of JSON, the last one, and write it to `output_json` where given."""
-    text = json.dumps(_rounded(result), allow_nan=False)
+    text = json.dumps(rounded(result), allow_nan=False)
     if output_json is not None:
         output_json.parent.mkdir(parents=True, exist_ok=True)
         output_json.write_text(text + "\n")
     print(text, flush=True)
-
-
-def _rounded(value: Any) -> Any:
-    """Floats to six significant digits, which is more than any of them is good for; not finite ones become null."""
-    if isinstance(value, dict):
-        return {key: _rounded(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_rounded(one) for one in value]
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    return value

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# All that needs a GPU, in one command that ends within 420 seconds: kernels against XLA, the demo's answers, small
+# All that needs a GPU, in one command that ends within 420 seconds: kernels compared with XLA, the demo's answers, small
 # measurements, the kernels' bandwidth, decoding with and without exits, a profile, the tests of the kernels.
 #
 #   bench/gpu_check.sh [--out DIR] [--dry-run]
 #   PYTHON=/path/to/python bench/gpu_check.sh     another interpreter than python3
 #
-# DIR gets four files: results.jsonl grows by every figure, log.txt by every process's output; table.txt and
-# gpu-check.tgz, which holds all of it and the profile, are written anew after each stage. A stage that fails or runs
-# out of time is named, and the others go on. The exit status is 0 if every stage succeeded. Packages that the machine
-# lacks are taken from .gpu-wheels, which bench/gpu_wheels.sh fills elsewhere.
-# --dry-run shows on any machine that all stages run: tiny shapes, the kernels interpreted.
+# DIR gets four files. results.jsonl grows with every figure and log.txt with the output of every process; table.txt and
+# gpu-check.tgz, which contains all of it and the profile, are replaced after each stage. A stage that fails or runs out
+# of time is named, and the others go on. The exit status is 0 if every stage succeeded. Packages that the machine lacks
+# are installed from .gpu-wheels, which bench/gpu_wheels.sh fills on a machine with a network.
+# --dry-run runs every stage on any machine, at tiny shapes, with the kernels interpreted.
 set -uo pipefail
 
 PYTHON=${PYTHON:-python3}
@@ -29,13 +29,13 @@ rm -f "$out"/{results.jsonl,log.txt,table.txt,gpu-check.tgz,gpu-check.tgz.part}
 : >"$out/results.jsonl" >"$out/log.txt"
 tar -czf "$out/gpu-check.tgz" -C "$out" results.jsonl log.txt
 
-# Compiled programs, traces and packages; kept, so that a second check on the same machine compiles nothing.
+# Compiled programs, traces and packages. They stay, so that a second check on the same machine compiles nothing.
 work=${EEJAX_GPU_WORK:-${TMPDIR:-/tmp}/eejax-gpu-check-$UID}
 mkdir -p "$work" || exit 2
 rm -rf "$work/raw" "$work/logs"
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 export EEJAX_CACHE_DIR=${EEJAX_CACHE_DIR:-$work/cache}
-# JAX takes memory as it needs it: processes that compile share the card, and so does PyTorch.
+# JAX allocates memory as it needs it: processes that compile share the GPU, and so does PyTorch.
 export XLA_PYTHON_CLIENT_PREALLOCATE=false XLA_PYTHON_CLIENT_MEM_FRACTION=.92
 if ((${#dry[@]})); then
     export JAX_PLATFORMS=cpu

@@ -95,26 +95,26 @@ class Step:
         return replace(self, counts=self.counts + jnp.stack([jnp.int32(more.get(name, 0)) for name in COUNTERS]))
 
 
-type Exits = Literal["none", "heads", "any"]
-type Choice = Literal["greedy", "any"]
+type ExitsAsked = Literal["none", "heads", "any"]
+type ChoiceAsked = Literal["greedy", "any"]
 
 
 @dataclass(frozen=True, slots=True)
 class Asks:
-    """What the rows of a batch may ask for; a program has no code for anything else.
+    """What the rows of a batch may ask for. A decode program has no code for anything else.
 
     Attributes:
-        exits: `none`: all rows run at full depth; `heads`: rows may leave by a measure that a head gives
+        exits: `none`: all rows run at full depth; `heads`: rows may exit by a measure that needs logits
             (`NEEDS_LOGITS`); `any`: by any measure.
         choice: `greedy`: no row samples or wants log-probabilities; `any`: rows may.
     """
 
-    exits: Exits = "any"
-    choice: Choice = "any"
+    exits: ExitsAsked = "any"
+    choice: ChoiceAsked = "any"
 
     @classmethod
     def of(cls, params: Iterable[SamplingParams]) -> Asks:
-        """The least that these requests need."""
+        """What these requests ask for, and no more."""
         params = tuple(params)
         measures = {one.early_exit.measure for one in params if one.early_exit is not None}
         greedy = all((one.temperature <= 0 or one.top_k == 1) and one.logprobs is None for one in params)
@@ -123,9 +123,9 @@ class Asks:
 
     @classmethod
     def every(cls, model: ModelConfig) -> list[Asks]:
-        """All kinds of programs that a model has."""
-        exits = get_args(Exits.__value__) if model.exits.layers else ("none",)
-        return [cls(kind, choice) for kind in exits for choice in get_args(Choice.__value__)]
+        """All that the rows of a model's batches can ask for; the last one includes the others."""
+        exits = get_args(ExitsAsked.__value__) if model.exits.layers else ("none",)
+        return [cls(kind, choice) for kind in exits for choice in get_args(ChoiceAsked.__value__)]
 
     def __str__(self) -> str:
         return f"exits-{self.exits}-choice-{self.choice}"
@@ -150,7 +150,7 @@ class Plan:
 
     @property
     def straight(self) -> bool:
-        """Whether every step runs every block for all rows: nothing in it depends on what the rows decide."""
+        """Whether every step runs every block for all rows, so that it needs no branch."""
         return self.asks.exits == "none" and len(self.buckets) == 1
 
 

@@ -1,4 +1,4 @@
-"""From micro-batches to device calls: buckets, compilation, and the arrays in between. The only `jax.jit` in here.
+"""From micro-batches to device calls: buckets, compilation, results. The package's only `jax.jit`.
 
 Shapes are bucketed to powers of two (rows when decoding, tokens when prefilling), and everything else is data, so
 that context length, page use and sampling parameters never compile anything anew.
@@ -8,26 +8,24 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence as Seq
-from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eejax.buckets import Piece, bucket_of, cut_prefill, segment_buckets
+from eejax.batch_arrays import logprobs_of, prefill_tokens, rows_of, state_of
+from eejax.buckets import bucket_of, cut_prefill, segment_buckets
 from eejax.config import MIN_PREFILL_BUCKET, EngineConfig
 from eejax.decode import decode_chunk
-from eejax.decode_state import ANYTHING, COUNTERS, Asks, DecodeState, Plan, Rows
-from eejax.exits import MEASURES, ExitRows
+from eejax.decode_state import ANYTHING, COUNTERS, Asks, Plan
+from eejax.exits import MEASURES
 from eejax.kernels import choose_kernels
 from eejax.kv_cache import init_cache
-from eejax.params import DecayingThreshold, SamplingParams
-from eejax.prefill import PrefillTokens, prefill
+from eejax.params import SamplingParams
+from eejax.prefill import prefill
 from eejax.programs import Compiled, ProgramFiles
 from eejax.request import Logprob, MicroBatch, RowResult, Sequence, StepResult
-from eejax.sampling import SamplingRows, TokenLogprobs
 from eejax.scoring import Scores, check_text, score_text
-from pallas_kernels.api import check_page_ids
 from pallas_kernels.native import huge_pages
 from pallas_kernels.native.library import cache_folder
 
@@ -36,8 +34,6 @@ DEFERRED_KV_BYTES = 2**20
 with 4.5 MiB (llama-125m) that is 7 % quicker, with 0.25 (the demo) 2 % slower."""
 MAX_PREFILL_ROWS = 32
 """Rows whose tokens are prefilled in one call."""
-MAX_DEVICE_STOP_IDS = 8
-"""Stop ids tested on the device. The host tests all of them, so more cost a few wasted steps, not correctness."""
 
 
 def default_dtype() -> jnp.dtype:
@@ -86,7 +82,7 @@ class Runner:
 
     @property
     def programs(self) -> int:
-        """Programs that are ready, wherever they came from."""
+        """Number of programs that are loaded, whether they were compiled or found in a cache."""
         return len(self._compiled.programs)
 
     @property
@@ -116,8 +112,8 @@ class Runner:
     def variants(self) -> list[Asks]:
         """Programs that decoding has for each batch size, by what the batch's rows may ask for.
 
-        One on CPU, where code that does not run costs nothing. On a GPU a branch interrupts the CUDA graph of a step,
-        or lengthens it.
+        On a CPU there is one, since code that does not run costs no time there. On a GPU a branch makes the CUDA graph
+        of a step longer, or divides it.
         """
         return [ANYTHING] if jax.default_backend() == "cpu" else Asks.every(self.config.model)
 
@@ -153,7 +149,7 @@ class Runner:
         """The compiled decode chunk for `bucket` rows (its `memory_analysis()` tells what it needs).
 
         Args:
-            asks: what its rows ask for; the program is the smallest of `variants` that has it.
+            asks: what its rows ask for. If `variants` has no program for exactly that, the one for everything runs.
         """
         variants = self.variants
         asks = asks if asks in variants else variants[-1]
@@ -162,7 +158,7 @@ class Runner:
             buckets = segment_buckets(bucket, self.compacts)
             plan = Plan(buckets, asks.exits != "none" and self._defers(bucket), asks)
             chunk = functools.partial(decode_chunk, self.config.model, self.config.scheduler.max_chunk_steps, plan)
-            rows, state = self._rows((), bucket), self._state((), bucket)
+            rows, state = rows_of(self.config, (), bucket), state_of((), bucket)
             return jax.jit(chunk, donate_argnums=1).lower(
                 self.params, self.cache, rows, state, np.int32(1), np.int32(1), np.bool_(False)
             )
@@ -175,9 +171,9 @@ class Runner:
 
     def _prefill_program(self, bucket: int) -> jax.stages.Compiled:
         def lower() -> jax.stages.Lowered:
-            tokens = self._prefill_tokens((), bucket)
+            tokens = prefill_tokens((), bucket, self._prefill_rows, self.config.model.n_layers)
             return jax.jit(functools.partial(prefill, self.config.model), donate_argnums=1).lower(
-                self.params, self.cache, self._rows((), len(tokens.last)), tokens
+                self.params, self.cache, rows_of(self.config, (), len(tokens.last)), tokens
             )
 
         return self._compiled.get("prefill", bucket, lower)
@@ -193,8 +189,8 @@ class Runner:
         ):
             bucket = bucket_of(sum(piece.length for piece in pieces), MIN_PREFILL_BUCKET)
             mine = [(seqs[piece.row], piece) for piece in pieces]
-            tokens = self._prefill_tokens(mine, bucket)
-            rows = self._rows([seq for seq, _ in mine], len(tokens.last))
+            tokens = prefill_tokens(mine, bucket, self._prefill_rows, self.config.model.n_layers)
+            rows = rows_of(self.config, [seq for seq, _ in mine], len(tokens.last))
             self.cache, found = self._prefill_program(bucket)(self.params, self.cache, rows, tokens)
             wants = np.flatnonzero(tokens.wants_token).tolist()
             if not wants:
@@ -206,29 +202,11 @@ class Runner:
             for row in wants:
                 (seq, piece), token = mine[row], int(chosen[row])
                 wanted = seq.request.params.logprobs
-                logprobs = () if wanted is None or report is None else (_logprobs(report, token, row, wanted),)
+                logprobs = () if wanted is None or report is None else (logprobs_of(report, token, row, wanted),)
                 state = None if hidden is None else hidden[:, row]
                 results[piece.row] = RowResult((token,), (self.config.model.n_layers,), logprobs, state)
         jax.block_until_ready(self.cache)  # or its time would be taken for the next call's
         return tuple(results)
-
-    def _prefill_tokens(self, pieces: Seq[tuple[Sequence, Piece]], bucket: int) -> PrefillTokens:
-        """Tokens of some pieces, as many rows as a call of `bucket` tokens may have."""
-        count = min(self._prefill_rows, bucket)
-        ids, rows, depths = np.zeros((3, bucket), np.int32)
-        positions = np.full(bucket, -1, np.int32)
-        last, wants_token = np.zeros(count, np.int32), np.zeros(count, bool)
-        end = 0
-        for row, (seq, piece) in enumerate(pieces):
-            begin, end = end, end + piece.length
-            here = slice(begin, end)
-            of_seq = slice(piece.start, piece.start + piece.length)
-            all_ids, all_depths = seq.prefill_tokens(self.config.model.n_layers)
-            ids[here], depths[here] = all_ids[of_seq], all_depths[of_seq]
-            rows[here], positions[here] = row, np.arange(of_seq.start, of_seq.stop)
-            last[row] = end - 1
-            wants_token[row] = not seq.output_token_ids and of_seq.stop == seq.prefill_length
-        return PrefillTokens(*map(_host, (ids, rows, positions, depths, last, wants_token)))
 
     def _decode(self, batch: MicroBatch) -> StepResult:
         count, height = len(batch.rows), self.config.scheduler.max_chunk_steps
@@ -236,8 +214,8 @@ class Runner:
         self.cache, out = self.decode_program(bucket, Asks.of(seq.request.params for seq in batch.rows))(
             self.params,
             self.cache,
-            self._rows(batch.rows, bucket),
-            self._state(batch.rows, bucket),
+            rows_of(self.config, batch.rows, bucket),
+            state_of(batch.rows, bucket),
             np.int32(batch.n_steps),
             np.int32(batch.hold),
             np.bool_(batch.yield_on_free),
@@ -255,7 +233,7 @@ class Runner:
             logprobs: tuple[dict[int, Logprob], ...] = ()
             if report is not None and (top := wanted[row]) is not None:
                 at = [jax.tree.map(lambda leaf, i=i: leaf[i], report) for i in used]
-                logprobs = tuple(_logprobs(one, token, row, top) for one, token in zip(at, ids, strict=True))
+                logprobs = tuple(logprobs_of(one, token, row, top) for one, token in zip(at, ids, strict=True))
             results.append(RowResult(ids, tuple(depths[used, row].tolist()), logprobs))
         return StepResult(
             tuple(results),
@@ -267,49 +245,6 @@ class Runner:
             row_heads=counts["row_heads"],
             fills=counts["fills"],
         )
-
-    def _rows(self, seqs: Seq[Sequence], bucket: int) -> Rows:
-        """Per-row parameters as arrays; rows behind `seqs` are padding."""
-        exits = len(self.config.model.exits.layers)
-        table = np.zeros((bucket, self.config.pages_per_seq), np.int32)
-        stop_ids = np.full((bucket, MAX_DEVICE_STOP_IDS), -1, np.int32)
-        thresholds = np.full((exits, bucket), np.inf, np.float32)
-        measure, top_k = np.zeros(bucket, np.int32), np.zeros(bucket, np.int32)
-        tau, horizon = np.full(bucket, -1, np.float32), np.ones(bucket, np.float32)
-        keys = np.zeros((bucket, 2), np.uint32)
-        temperature, min_p = np.zeros(bucket, np.float32), np.zeros(bucket, np.float32)
-        top_p, logprobs = np.ones(bucket, np.float32), np.full(bucket, -1, np.int32)
-        for i, seq in enumerate(seqs):
-            request, params = seq.request, seq.request.params
-            table[i, : len(seq.pages)] = seq.pages
-            ids = sorted(request.stop_token_ids)[:MAX_DEVICE_STOP_IDS]
-            stop_ids[i, : len(ids)] = ids
-            if exits:
-                thresholds[:, i] = request.thresholds
-            if params.early_exit is not None:
-                measure[i] = MEASURES.index(params.early_exit.measure)
-                if isinstance(params.early_exit.threshold, DecayingThreshold):
-                    tau[i] = params.early_exit.threshold.tau
-            horizon[i] = request.max_tokens
-            keys[i] = request.seed, seq.index
-            # The likeliest token alone is left by top_k=1: greedy, with ties decided as greedy decides them.
-            temperature[i] = 0.0 if params.top_k == 1 else params.temperature
-            top_k[i] = min(params.top_k, self.config.model.vocab_size)  # any integer is allowed, int32 is not any
-            top_p[i], min_p[i] = params.top_p, params.min_p
-            logprobs[i] = -1 if params.logprobs is None else params.logprobs
-        check_page_ids(table, self.config.cache.num_pages)
-        return Rows(
-            _host(table),
-            _host(stop_ids),
-            ExitRows(*map(_host, (thresholds, measure, tau, horizon, keys))),
-            SamplingRows(*map(_host, (temperature, top_k, top_p, min_p, logprobs))),
-        )
-
-    def _state(self, seqs: Seq[Sequence], bucket: int) -> DecodeState:
-        columns = np.zeros((4, bucket), np.int32)
-        for i, seq in enumerate(seqs):
-            columns[:, i] = seq.output_token_ids[-1], seq.num_tokens - 1, len(seq.output_token_ids), seq.remaining
-        return DecodeState(*map(_host, columns), live=_host(np.arange(bucket) < len(seqs)))
 
     def score(
         self,
@@ -353,19 +288,3 @@ class Runner:
             return score.lower(self.params, tokens, zero, zero, limits, zero)
 
         return self._compiled.get("score", bucket, lower)
-
-
-def _host(array: np.ndarray) -> jax.Array:
-    """A host array where a device array is expected: it travels with the call."""
-    return cast("jax.Array", array)
-
-
-def _logprobs(report: TokenLogprobs, token: int, row: int, count: int) -> dict[int, Logprob]:
-    """The `count` likeliest tokens of one row and step, and the chosen one."""
-    found = {
-        int(i): Logprob(float(p), n)
-        for n, (i, p) in enumerate(zip(report.top_ids[:count, row], report.top[:count, row], strict=True), start=1)
-        if i >= 0
-    }
-    found.setdefault(token, Logprob(float(report.chosen[row]), int(report.rank[row])))
-    return found

@@ -66,9 +66,6 @@ def run_pass(
         goes = count > 0
         if index and plan.asks.exits != "none":
             goes &= hurry | (count >= hold) | jnp.any(here & (step.held >= hold))
-        if plan.straight:
-            step = _run_segment(model, plan, rows, state, step, index, plan.buckets[0], with_waiting=False)
-            continue
         for size, fits in each_bucket(plan.buckets, count):
             step = _run_in_bucket(model, plan, rows, state, step, index, size, goes & fits)
     resolved = state.live & (step.segment == done)
@@ -92,6 +89,8 @@ def _run_in_bucket(
     def run(step: Step, with_waiting: bool) -> Step:
         return _run_segment(model, plan, rows, state, step, index, size, with_waiting)
 
+    if plan.straight:
+        return run(step, False)
     if step.waiting is None or index == 0:
         return run_if(chosen, lambda step: run(step, False), step)
     waits = jnp.any((step.waiting.filled == index) & (step.segment == index))
@@ -287,7 +286,7 @@ def _flush(model: EarlyExitTransformer, rows: Rows, step: Step) -> Step:
 def score(model: EarlyExitTransformer, plan: Plan, step: Step, resolved: Bool[Array, " B"]) -> Step:
     """Logits of resolved rows that no exit test has scored, from the head of the exit where each one left."""
     config = model.config
-    # Rows that leave by a head's logits are scored where they leave.
+    # Rows that exit by a head's logits have been scored at that exit.
     one_head = config.exits.tie_output or plan.asks.exits != "any"
     for layer in (config.n_layers,) if one_head else config.exit_points:
         todo = resolved & ~step.scored

@@ -19,9 +19,14 @@ type Refusals = Mapping[str, Callable[[], str | None]]
 """For each implementation but `xla` that an operation has: says why it does not take the arguments; None if it does."""
 
 
+def default_device() -> jax.Device | str:  # pyright: ignore[reportInvalidTypeForm]
+    """The device that JAX computes on by default, or the name of its platform."""
+    return jax.config.jax_default_device or jax.local_devices()[0]
+
+
 def default_platform() -> str:
-    """Platform of the device that JAX computes on by default: `cpu`, `gpu` or another."""
-    device = jax.config.jax_default_device or jax.local_devices()[0]
+    """The platform of that device: `cpu`, `gpu` or another."""
+    device = default_device()
     return device if isinstance(device, str) else device.platform
 
 
@@ -48,12 +53,12 @@ def compiler_refusal() -> str | None:
 
 def device_refusal(implementation: str) -> str | None:
     """Why kernels cannot run on the device that JAX computes on by default; None where they can."""
-    device, platform = jax.config.jax_default_device or jax.local_devices()[0], default_platform()
+    platform = default_platform()
     if implementation == "native":
         return None if platform == "cpu" else f"they are for CPUs, and the device is a {platform}"
     if platform not in ("gpu", "cuda"):
         return f"they are for NVIDIA's Hopper GPUs, and the device is a {platform}"
-    capability = str(getattr(device, "compute_capability", "unknown"))
+    capability = str(getattr(default_device(), "compute_capability", "unknown"))
     if not capability.startswith("9."):
         return f"WGMMA exists on Hopper alone (compute capability 9.0), and this GPU has {capability}"
     return compiler_refusal()

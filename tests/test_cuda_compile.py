@@ -26,12 +26,12 @@ from jax.sharding import SingleDeviceSharding
 
 import pallas_kernels
 from bench.shapes import SHAPES
+from eejax.batch_arrays import rows_of, state_of
 from eejax.config import CacheConfig, EngineConfig, ExitConfig, ModelConfig
 from eejax.decode import decode_chunk
 from eejax.decode_state import Asks, Plan
 from eejax.kv_cache import init_cache
 from eejax.model import param_shapes
-from eejax.runner import Runner
 from eejax.xla_flags import compiler_options
 from pallas_kernels import KVProjection, control_flow
 from pallas_kernels.implementation import VARIABLE
@@ -165,12 +165,10 @@ def decode_of(model: ModelConfig, rows: int, fill: str, asks: Asks):
     config = EngineConfig(model=model, cache=CacheConfig(2048), max_model_len=1024)
     params = jax.tree.map(lambda leaf: shaped(*leaf.shape), param_shapes(model))
     cache = jax.eval_shape(lambda: init_cache(model, config.cache, BFLOAT16))
-    runner = object.__new__(Runner)  # for the form of rows and state alone
-    runner.config, runner.params, runner.cache = config, params, cache
     plan = Plan((rows,), fill == "deferred", asks)
     chunk = functools.partial(decode_chunk, model, 4, plan)
     counts = (np.int32(1), np.int32(1), np.bool_(False))
-    return chunk, (params, cache, runner._rows((), rows), runner._state((), rows), *counts), cache
+    return chunk, (params, cache, rows_of(config, (), rows), state_of((), rows), *counts), cache
 
 
 @functools.cache

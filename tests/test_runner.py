@@ -13,13 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eejax.batch_arrays import MAX_DEVICE_STOP_IDS, logprobs_of
 from eejax.buckets import Piece, bucket_of, cut_prefill, segment_bucket, segment_buckets
 from eejax.config import CacheConfig, DecodeConfig, EngineConfig, ExitConfig, ModelConfig, SchedulerConfig
 from eejax.engine import Engine
 from eejax.kv_fill import WAITING_PER_ROW
 from eejax.params import DecayingThreshold, EarlyExitParams, SamplingParams
 from eejax.request import MicroBatch, Request, RequestOutput, Sequence
-from eejax.runner import MAX_DEVICE_STOP_IDS, Runner, _logprobs
+from eejax.runner import Runner
 from eejax.sampling import token_logprobs
 from tests.cases import random_model, random_prompt
 from tests.reference import Reference, rms_norm
@@ -566,7 +567,7 @@ def test_any_top_k_travels_to_the_device(engine):
 def test_logprobs_of_a_vocabulary_smaller_than_asked_for():
     logits = np.array([[0.5], [2.0], [1.0]], np.float32)
     report = token_logprobs(logits, np.array([0], np.int32))
-    found = _logprobs(report, token=0, row=0, count=20)
+    found = logprobs_of(report, token=0, row=0, count=20)
     assert {token: one.rank for token, one in found.items()} == {1: 1, 2: 2, 0: 3}
     total = np.log(np.sum(np.exp(logits)))
     for token, one in found.items():

@@ -1,6 +1,6 @@
-"""The stages of `bench/gpu_check.sh`, one after the other: `python -m bench.gpu --out DIR --work DIR [--dry-run]`.
+"""The stages of `bench/gpu_check.sh`, one after another: `python -m bench.gpu --out DIR --work DIR [--dry-run]`.
 
-Needs nothing but Python itself, and neither JAX nor the project's packages: a stage that lacks something fails alone.
+This process needs only Python itself: where JAX or another package is missing, the stages that need it fail alone.
 """
 
 from __future__ import annotations
@@ -13,20 +13,61 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from bench.gpu import record, table
 from bench.gpu.tasks import POLL, Task, keep_log
 
 TOTAL = 400.0
-"""Seconds after which no stage runs any more; the script itself ends at 420."""
+"""Seconds for all stages; the script itself ends before 420."""
+LEAST = 5.0
+"""Seconds without which no process is started."""
 AT_ONCE = 4
-SMOKE = [f"{kernel} {model}" for model in ("llama-3-8b", "llama-2-7b", "llama-3.2-1b", "qwen3-0.6b")
-         for kernel in ("attention", "fill")]  # fmt: skip
-DRY_SMOKE = ["attention tiny", "fill tiny"]
-LARGE_RUNS = ["full", "eager-cond", "deferred-cond", "eager-while", "asked"]
-BATCH_RUNS = ["full", "eager-cond", "asked"]
-GRAPHS = {"XLA_FLAGS": "--xla_gpu_enable_command_buffer=+WHILE,+CONDITIONAL"}
+"""Processes of one stage that run at the same time."""
+KERNELS = ("attention", "fill")
+LARGE_RUNS = ("full", "eager-cond", "deferred-cond", "eager-while", "asked")
+BATCH_RUNS = ("full", "eager-cond", "asked")
+GRAPHS = "--xla_gpu_enable_command_buffer=+WHILE,+CONDITIONAL"
+TEST_FILES = ("tests/test_paged_attention.py", "tests/test_kv_fill.py")
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What a check runs. A dry run has the same stages at tiny shapes.
+
+    Attributes:
+        smoke: models (of `bench.kernel_fill`) whose shapes every kernel is tried at.
+        large, batch: the model of the decoding stages, and the rows of the second one.
+        last: model and rows of the decoding stage for which time may be left.
+        ahead: compile the programs of the decoding stages before they are needed.
+        tests: arguments of pytest.
+    """
+
+    smoke: tuple[str, ...]
+    large: str
+    batch: int
+    last: tuple[str, int]
+    ahead: bool
+    tests: tuple[str, ...]
+
+
+GPU = Sizes(
+    smoke=("llama-3-8b", "llama-2-7b", "llama-3.2-1b", "qwen3-0.6b"),
+    large="llama-7b",
+    batch=32,
+    last=("llama-1b", 1),
+    ahead=True,
+    tests=("-m", "gpu", "-n", "4", "--timeout", "40"),
+)
+DRY = Sizes(
+    smoke=("tiny",),
+    large="tiny",
+    batch=2,
+    last=("tiny", 4),
+    ahead=False,
+    tests=("-k", "interpreted and layer_and_scale", "-n", "2"),
+)
 
 
 class Stopped(Exception):
@@ -34,37 +75,36 @@ class Stopped(Exception):
 
 
 class Check:
-    """All stages. `out` gets the four files, `work` all else."""
+    """All stages. The four files go to `out`, everything else to `work`."""
 
     def __init__(self, out: Path, work: Path, dry: bool, total: float) -> None:
         self.out, self.work, self.dry = out, work, dry
+        self.sizes = DRY if dry else GPU
+        self.broken: set[str] = set()
         self._end = time.monotonic() + total
         self._running: list[Task] = []
-        self._kernels: dict[str, str] = {}  # variables of later stages
-        self._broken: set[str] = set()
 
     def run(self) -> None:
-        """Every stage that time allows, whatever became of those before it."""
-        self._wheels()
-        self._stage([self._task("environment", [], 30)])
-        self._large = "tiny" if self.dry else "llama-7b"
-        self._smoke()
-        ahead = self._compile_ahead()
-        self._demo()
-        self._finish("compile-ahead", ahead)
-        self._small()
-        for op in ("attention", "fill"):
-            without = ["--without", "mosaic"] if op in self._broken else []
-            self._stage([self._task(op, [op, "--seconds", "38", *without], 48, module="kernels")])
-        self._decode(self._large, 1, LARGE_RUNS, 80)
-        raw = str(self.work / "raw")
-        self._stage([self._task("profile", ["--model", self._large, "--raw", raw], 45)])
-        self._decode(self._large, 2 if self.dry else 32, BATCH_RUNS[:2] if self.dry else BATCH_RUNS, 60)
-        self._tests()
-        self._decode("tiny" if self.dry else "llama-1b", 1, ["full", "eager-cond"], 60, again="once more" * self.dry)
+        """Run every stage that time allows, whatever became of those before it."""
+        sizes = self.sizes
+        self.wheels()
+        self.stage([self.task("environment", [], 30)])
+        self.smoke()
+        ahead = self.compile_ahead() if sizes.ahead else []
+        self.demo()
+        self.finish("compile-ahead", ahead)
+        self.small()
+        for kernel in KERNELS:
+            without = ["--without", "mosaic"] if kernel in self.broken else []
+            self.stage([self.task(kernel, [kernel, "--seconds", "38", *without], 48, module="kernels")])
+        self.decode(sizes.large, 1, LARGE_RUNS, 80)
+        self.stage([self.task("profile", ["--model", sizes.large, "--raw", str(self.work / "raw")], 45)])
+        self.decode(sizes.large, sizes.batch, BATCH_RUNS, 60)
+        self.tests()
+        self.decode(*sizes.last, ("full", "eager-cond"), 60)
 
     def close(self) -> None:
-        """End what still runs, and leave everything readable."""
+        """Kill what still runs, and leave every file readable."""
         for task in self._running:
             task.kill()
             task.over()
@@ -72,129 +112,125 @@ class Check:
         self._running = []
         self._save()
 
-    def _task(self, name: str, arguments: Sequence[str], seconds: float, module: str = "", **variables: str) -> Task:
-        """A stage's process."""
-        command = [sys.executable, "-m", f"bench.gpu.{module or name}", *arguments, *["--dry-run"] * self.dry]
-        return Task(name, command, seconds, self._kernels | variables)
+    # ------------------------------------------------------------------------------------------------- running a stage
 
-    def _stage(self, tasks: list[Task], name: str = "") -> list[Task]:
-        """Run tasks, some at a time, and report each, or all of them under one name."""
+    def task(self, name: str, arguments: Sequence[str], seconds: float, module: str = "", **variables: str) -> Task:
+        """The process of a stage. No kernel is used that has failed before."""
+        command = [sys.executable, "-m", f"bench.gpu.{module or name}", *arguments, *["--dry-run"] * self.dry]
+        return Task(name, command, seconds, self._kernels() | variables)
+
+    def stage(self, tasks: list[Task], name: str = "") -> None:
+        """Run tasks, `AT_ONCE` at a time, and report the status of each, or of all of them under one name."""
         todo = list(tasks)
         while todo or any(task in self._running for task in tasks):
             while todo and sum(task in self._running for task in tasks) < AT_ONCE:
                 self._start(todo.pop(0))
-            self._reap(name)
+            self._reap()
             time.sleep(POLL)
-        if name:
-            self._report(name, tasks)
+        for part, several in ((name, tasks),) if name else ((task.name, [task]) for task in tasks):
+            self._report(part, several)
         self._save()
-        return tasks
+
+    def finish(self, name: str, tasks: list[Task]) -> None:
+        """Wait for tasks that were started before, and report them under one name."""
+        while any(task in self._running for task in tasks):
+            self._reap()
+            time.sleep(POLL)
+        if tasks:
+            self._report(name, tasks)
+
+    def _kernels(self) -> dict[str, str]:
+        return {"EEJAX_KERNELS": "xla"} if self.broken else {}
 
     def _start(self, task: Task) -> None:
         left = self._end - time.monotonic()
-        if left < 5:
-            self._report(task.name, [task])
-            return
-        task.seconds = min(task.seconds, left)
-        task.start(self.work / "logs")
-        self._running.append(task)
+        if left >= LEAST:
+            task.seconds = min(task.seconds, left)
+            task.start(self.work / "logs")
+            self._running.append(task)
 
-    def _reap(self, name: str = "") -> None:
-        """Take leave of tasks that have ended; what went wrong is printed at once."""
+    def _reap(self) -> None:
+        """Remove tasks that have ended, and print the end of the output of those that failed."""
         for task in [task for task in self._running if task.over()]:
             self._running.remove(task)
             last = keep_log(task, self.work / "logs", self.out / "log.txt")
             if task.status != "ok":
                 print(f"-- {task.name}: {task.status}\n{last}", flush=True)
-            if not name:
-                self._report(task.name, [task])
 
     def _report(self, name: str, tasks: list[Task]) -> None:
-        """How a stage ended."""
-        wrong = [f"{task.name}: {task.status}" if len(tasks) > 1 else task.status for task in tasks]
-        wrong = [one for one in wrong if not one.endswith("ok")]
-        begun = [task.started for task in tasks if task.started]
-        seconds = max(task.ended for task in tasks) - min(begun) if begun else 0.0
-        record.report("stages", name, status="; ".join(wrong) or "ok", seconds=max(0.0, seconds))
+        failed = [task for task in tasks if task.status != "ok"]
+        wrong = [task.status if len(tasks) == 1 else f"{task.name}: {task.status}" for task in failed]
+        begun = [task for task in tasks if task.started]
+        seconds = max(task.ended for task in begun) - min(task.started for task in begun) if begun else 0.0
+        record.report("stages", name, status="; ".join(wrong) or "ok", seconds=seconds)
 
     def _save(self) -> None:
         found = record.results(self.out)
         (self.out / "table.txt").write_text("\n".join(table.lines(found, self.dry)) + "\n")
         record.pack(self.out, self.work)
 
-    def _finish(self, name: str, tasks: list[Task]) -> None:
-        """Wait for tasks that were begun before."""
-        while any(task in self._running for task in tasks):
-            self._reap(name)
-            time.sleep(POLL)
-        if tasks:
-            self._report(name, tasks)
+    # ------------------------------------------------------------------------------------------------------ the stages
 
-    def _wheels(self) -> None:
+    def wheels(self) -> None:
+        """Install the packages that this machine lacks, if wheels came along."""
         folder, site = Path(".gpu-wheels"), self.work / "site"
         if folder.is_dir():
-            self._stage([Task("wheels", [sys.executable, "-m", "bench.gpu.wheels", str(folder), str(site)], 40)])
+            self.stage([Task("wheels", [sys.executable, "-m", "bench.gpu.wheels", str(folder), str(site)], 40)])
         if site.is_dir():
             os.environ["PYTHONPATH"] = f"{site}:{os.environ['PYTHONPATH']}"
 
-    def _smoke(self) -> None:
-        """A kernel that fails at any shape is not used any more; a sanitizer looks at the first such shape."""
-        names = DRY_SMOKE if self.dry else SMOKE
-        tasks = [self._task(f"smoke {name}", name.split(), 60 if self.dry else 30, module="smoke") for name in names]
-        self._stage(tasks, "smoke")
-        wrong = [task for task in tasks if task.status != "ok"]
-        if not wrong:
+    def smoke(self) -> None:
+        """Try every kernel at every shape. A sanitizer runs at the first shape where one fails."""
+        names = [f"{kernel} {model}" for model in self.sizes.smoke for kernel in KERNELS]
+        tasks = [self.task(f"smoke {name}", name.split(), 60 if self.dry else 30, module="smoke") for name in names]
+        self.stage(tasks, "smoke")
+        failed = [task for task in tasks if task.status != "ok"]
+        if not failed:
             return
-        self._broken = {task.name.split()[1] for task in wrong}
-        self._kernels = {"EEJAX_KERNELS": "xla"}
-        record.report("smoke", "switched off", kernels=sorted(self._broken))
+        self.broken = {task.name.split()[1] for task in failed}
+        record.report("smoke", "switched off", kernels=sorted(self.broken))
         if tool := shutil.which("compute-sanitizer"):
-            command = [tool, "--tool", "memcheck", "--print-limit", "5", *wrong[0].command]
-            self._stage([Task("sanitizer", command, 45)])
+            command = [tool, "--tool", "memcheck", "--print-limit", "5", *failed[0].command]
+            self.stage([Task("sanitizer", command, 45)])
         else:
             record.report("stages", "sanitizer", status="compute-sanitizer is not installed", seconds=0.0)
 
-    def _compile_ahead(self) -> list[Task]:
-        """Programs of the decoding stages, compiled while the demo answers: nothing is measured then."""
-        if self.dry:
-            return []
-        large, batch = self._large, "32"
-        wanted = [("1", one) for one in LARGE_RUNS] + [(batch, one) for one in BATCH_RUNS]
+    def compile_ahead(self) -> list[Task]:
+        """Start compiling the programs of the decoding stages. The stages meanwhile measure nothing."""
+        wanted = [(1, run) for run in LARGE_RUNS] + [(self.sizes.batch, run) for run in BATCH_RUNS]
         tasks = []
-        for size, run in wanted:
-            arguments = ["--model", large, "--batch", size, "--runs", run, "--compile-only"]
-            tasks.append(self._task(f"compile {size} {run}", arguments, 110, module="decoding"))
+        for batch, run in wanted:
+            arguments = ["--model", self.sizes.large, "--batch", str(batch), "--runs", run, "--compile-only"]
+            tasks.append(self.task(f"compile {batch} {run}", arguments, 110, module="decoding"))
             self._start(tasks[-1])
         return tasks
 
-    def _demo(self) -> None:
-        runs = ("xla", "float32") if self._broken else ("mosaic", "xla", "float32")
-        tasks = [self._task(f"demo {run}", [run], 120 if self.dry else 70, module="demo") for run in runs]
-        self._stage(tasks, "demo")
+    def demo(self) -> None:
+        """Answer prompts with the demo model, and compare the answers."""
+        runs = ("xla", "float32") if self.broken else ("mosaic", "xla", "float32")
+        tasks = [self.task(f"demo {run}", [run], 120 if self.dry else 70, module="demo") for run in runs]
+        self.stage(tasks, "demo")
         if all(task.status == "ok" for task in tasks):
-            self._stage([self._task("compared", ["compare"], 20, module="demo")])
+            self.stage([self.task("compared", ["compare"], 20, module="demo")])
 
-    def _small(self) -> None:
-        self._stage([self._task("small", [], 45)])
-        more = self._task("branches", ["--only-branches", "+WHILE"], 20, module="small", **GRAPHS)
-        if not self.dry:
-            self._stage([more])
+    def small(self) -> None:
+        """Small measurements; those of branches also with loops in CUDA graphs."""
+        flags = f"{os.environ.get('XLA_FLAGS', '')} {GRAPHS}".strip()
+        self.stage([self.task("small", [], 45)])
+        self.stage([self.task("branches", ["--only-branches", "+WHILE"], 20, module="small", XLA_FLAGS=flags)])
 
-    def _decode(self, model: str, batch: int, runs: list[str], seconds: float, again: str = "") -> None:
+    def decode(self, model: str, batch: int, runs: Sequence[str], seconds: float) -> None:
+        """Measure decoding."""
         arguments = ["--model", model, "--batch", str(batch), "--runs", ",".join(runs)]
-        name = " ".join(filter(None, ("decode", model, str(batch), again)))
-        self._stage([self._task(name, arguments, seconds, module="decoding")])
+        self.stage([self.task(f"decode {model} {batch}", arguments, seconds, module="decoding")])
 
-    def _tests(self) -> None:
-        """The suites of the kernels on the device; warnings judge nothing."""
-        files = ["tests/test_paged_attention.py", "tests/test_kv_fill.py"]
-        chosen = ["-k", "interpreted and layer_and_scale"] if self.dry else ["-m", "gpu"]
-        command = [sys.executable, "-m", "pytest", "-q", "-n", "2" if self.dry else "4", "-W", "default"]
-        command += ["-o", "minversion=7", "-o", "filterwarnings=default", "-p", "no:cacheprovider"]
-        if not self.dry:
-            command += ["--timeout", "40"]
-        self._stage([Task("tests", [*command, *chosen, *files], 70 if not self.dry else 60, self._kernels)])
-        log = self.work / "logs" / "tests.log"
+    def tests(self) -> None:
+        """Run the suites of the kernels on the device. No warning fails a test."""
+        warnings = ("-W", "default", "-o", "filterwarnings=default", "-o", "minversion=7", "-p", "no:cacheprovider")
+        command = [sys.executable, "-m", "pytest", "-q", *warnings, *self.sizes.tests, *TEST_FILES]
+        task = Task("tests", command, 70, self._kernels())
+        self.stage([task])
+        log = task.log(self.work / "logs")
         lines = log.read_text(errors="replace").splitlines() if log.exists() else []
         failed = [line[:160] for line in lines if line.startswith(("FAILED", "ERROR"))]
         record.report("tests", "pytest", last=lines[-1][:160] if lines else "", failed=failed[:20])
@@ -203,9 +239,9 @@ class Check:
 def main(arguments: list[str]) -> int:
     """Returns the exit status: 0 where every stage succeeded."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the four files")
+    parser.add_argument("--work", type=Path, required=True, help="folder for everything else")
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes, kernels interpreted")
     parser.add_argument("--seconds", type=float, default=TOTAL, help="for all stages (%(default)s)")
     args = parser.parse_args(arguments)
     os.environ[record.RESULTS] = str(args.out / "results.jsonl")

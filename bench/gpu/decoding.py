@@ -1,9 +1,10 @@
-"""Decoding of a model with random weights in bfloat16: full depth, exits replayed, heads asked in vain.
+"""Decoding of a model with random weights in bfloat16: at full depth, with replayed exits, with exits never taken.
 
     python -m bench.gpu.decoding --model llama-7b --batch 1 --runs full,eager-cond,deferred-cond,eager-while,asked
 
-Runs are measured in turn, over the same weights, in one process. `--compile-only` compiles what they need into the
-compilation cache, from shapes alone, so that a measuring process finds it there.
+The runs are interleaved in one process, over the same weights. `--compile-only` compiles their programs into the
+compilation cache, from shapes alone, so that the process that measures finds them there. The bounds and ideals are by
+the rates that the first stage measured: those of a large copy and of a square product.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ REPLAY = (0.7, 0.2)
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One way to decode: how K and V are filled in, the form of branches, and who may leave."""
+    """One way to decode: when K and V are filled in, the form of branches, which tokens may exit."""
 
     fill: FillMode = "eager"
     branches: str = "cond"
@@ -47,14 +48,21 @@ RUNS = {
     "eager-cond": Run(early_exit=replay_params(REPLAY)),
     "deferred-cond": Run("deferred", early_exit=replay_params(REPLAY)),
     "eager-while": Run(branches="while", early_exit=replay_params(REPLAY)),
-    # No margin reaches 1: nobody leaves, and every head is asked.
+    # No margin reaches 1: every head is computed, and no token exits.
     "asked": Run(early_exit=EarlyExitParams(1.0, "margin")),
 }
-"""`full` has no branches, so its form does not matter."""
+"""A step of `full` has no branch, so their form does not matter there."""
+
+
+def build(model: str, params: dict, batch: int, length: int, run: Run) -> LLM:
+    """The model in an engine for this run, whose programs are still to be compiled."""
+    os.environ[VARIABLE] = run.branches
+    options = {"max_model_len": length, "max_num_seqs": batch, "dtype": "bfloat16"}
+    return LLM.from_params(shape(model), params, fill=run.fill, rebatching="never", **options)
 
 
 def engine_config(model: str, batch: int, length: int, run: Run) -> EngineConfig:
-    """What `LLM.from_params` makes of the same options."""
+    """The configuration that `build` arrives at, without weights."""
     config = shape(model)
     pages = default_num_pages(config, length, batch, 64, resolve_dtype("bfloat16").itemsize)
     decode = DecodeConfig("auto", run.fill, "never")
@@ -62,7 +70,7 @@ def engine_config(model: str, batch: int, length: int, run: Run) -> EngineConfig
 
 
 def compile_ahead(model: str, batch: int, lengths: tuple[int, int], names: list[str]) -> int:
-    """Compile prefill and the runs' programs. Returns how many were not in the cache."""
+    """Compile prefill and the programs of the runs. Returns how many were not in the cache."""
     dtype, compiled = resolve_dtype("bfloat16"), 0
     weights = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), param_shapes(shape(model)))
     for name in names:
@@ -79,32 +87,32 @@ def compile_ahead(model: str, batch: int, lengths: tuple[int, int], names: list[
 def known_ceiling() -> Ceiling | None:
     """The rates that the check's first stage measured; None where it did not."""
     path = Path(os.environ.get(RESULTS, ""))
-    found = {one["name"]: one for one in results(path.parent)} if path.is_file() else {}
+    known = results(path.parent) if path.is_file() else []
+    found = {one["name"]: one for one in known if one["stage"] == "environment"}
     if not {"copy", "product"} <= found.keys():
         return None
     return Ceiling(1e9 * found["copy"]["gb_s"], 0, 1e12 * found["product"]["tflop_s"])
 
 
 def measure(model: str, batch: int, lengths: tuple[int, int], names: list[str], rounds: int) -> None:
-    """Report every run after every round, beside `full`."""
+    """Report every run after every round, with its speed-up over `full`. The first round compiles and is not timed."""
     config = shape(model)
     params = random_params(config, resolve_dtype("bfloat16"), seed=0)
     prompts = random_prompts(batch, lengths[0], config.vocab_size, seed=0)
     cost = ModelCost.of(config, 2)
     ceiling = known_ceiling() or Ceiling.measure(cost.step_bytes(cost.n_layers, 1, 0), resolve_dtype("bfloat16"))
-    engines: dict[tuple[str, str], LLM] = {}  # by what their programs are traced with
+    engines: dict[tuple[str, str], LLM] = {}  # runs that differ only in their exits share one
     done: dict[str, list[Round]] = {}
     for number in range(1 + rounds):
         for name in names:
             run = RUNS[name]
-            os.environ[VARIABLE] = run.branches
             key = run.fill, run.branches
             if key not in engines:
-                options = {"max_model_len": sum(lengths), "max_num_seqs": batch, "dtype": "bfloat16"}
-                engines[key] = LLM.from_params(config, params, fill=run.fill, rebatching="never", **options)
+                engines[key] = build(model, params, batch, sum(lengths), run)
+            os.environ[VARIABLE] = run.branches  # programs are traced when they are first used
             requests = request_params(batch, lengths[1], 0, run.early_exit, ignore_eos=True)
             one = run_round(engines[key], prompts, requests)
-            done[name] = [*done.get(name, []), one] if number else []  # the first round compiles, and does not count
+            done[name] = [*done.get(name, []), one] if number else []
             _report(model, batch, name, done[name] or [one], done.get("full", []), cost, ceiling)
 
 
@@ -135,8 +143,8 @@ def main(arguments: list[str]) -> int:
     args = parser.parse_args(arguments)
     names, lengths = args.runs.split(","), (8, 8) if args.dry_run else (32, 96)
     if args.compile_only:
-        report("compiled", f"{args.model} {args.batch} {args.runs}",
-               programs=compile_ahead(args.model, args.batch, lengths, names))  # fmt: skip
+        programs = compile_ahead(args.model, args.batch, lengths, names)
+        report("compiled", f"{args.model} {args.batch} {args.runs}", programs=programs)
     else:
         measure(args.model, args.batch, lengths, names, rounds=1 if args.dry_run else 5)
     return 0

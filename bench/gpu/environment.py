@@ -1,4 +1,4 @@
-"""What this machine is, and what its device moves and multiplies in a second."""
+"""The machine, its versions, and the device's rates: a large copy and a square bfloat16 product."""
 
 from __future__ import annotations
 

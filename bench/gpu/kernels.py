@@ -1,6 +1,8 @@
-"""Paged attention and KV fill-in beside the bytes that must move: `bench kernels` at the shapes that count.
+"""Paged attention and KV fill-in beside the bytes that must move: `bench kernels` at a few shapes.
 
-python -m bench.gpu.kernels attention --seconds 60
+    python -m bench.gpu.kernels attention --seconds 60
+
+Shapes come in the order of their importance, since time may be over before the last one.
 """
 
 from __future__ import annotations
@@ -14,10 +16,16 @@ from typing import Any
 from bench import kernels
 from bench.gpu.record import report
 
-# The most telling ones come first: time may be over before the last.
-ATTENTION = [((32,), (2048,)), ((1,), (2048, 16384)), ((32,), (16384, 256)), ((8, 128), (2048,)), ((8,), (16384,)),
-             ((1, 8, 128), (256,)), ((128,), (16384,))]  # fmt: skip
-"""Batches and contexts."""
+ATTENTION = (
+    ((32,), (2048,)),
+    ((1,), (2048, 16384)),
+    ((32,), (16384, 256)),
+    ((8, 128), (2048,)),
+    ((8,), (16384,)),
+    ((1, 8, 128), (256,)),
+    ((128,), (16384,)),
+)
+"""Batch sizes and contexts of each sweep."""
 
 
 def flags(op: str, dry_run: bool) -> list[list[str]]:
@@ -42,10 +50,10 @@ def name_of(op: str, row: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Returns the exit status: 1 where a cell was skipped for another reason than the time."""
+    """Returns the exit status: 1 if a shape was skipped for another reason than the time."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.kernels")
     parser.add_argument("op", choices=("attention", "fill"))
-    parser.add_argument("--seconds", type=float, default=60.0, help="begin no cell after so long (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=60.0, help="begin no shape after so long (%(default)s)")
     parser.add_argument("--without", help="an implementation to leave out")
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args(arguments)

@@ -1,6 +1,7 @@
-"""Small things that the shape of the decode step hangs on: layouts of thin products, norms, and what a branch costs.
+"""What decides on the form of a decode step: products of few columns and RMS norms in two layouts, and branches.
 
-Every figure is the time of one such thing within a program that has many of them, over weights that no cache holds.
+Each figure is the time of one product, norm or branch within a program of many. The weights of the products together
+are larger than any cache.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ BRANCHES = 100
 
 
 def best(function: Callable[..., object], *arguments: object) -> float:
-    """Seconds of one call, the best of some: the machine is ours."""
+    """Seconds of one call, the best of `REPEATS`."""
     program = jax.jit(function).lower(*arguments).compile(compiler_options=compiler_options(jax.default_backend()))
     run = functools.partial(program, *arguments)
     seconds_of(run)
@@ -34,7 +35,7 @@ def best(function: Callable[..., object], *arguments: object) -> float:
 
 
 def products(size: int, wide: int, count: int) -> None:
-    """`count` pairs of matrices, up and down again, in both layouts of the activations."""
+    """`count` pairs of matrices, `size` to `wide` and back, in both layouts of the activations."""
     keys = jax.random.split(jax.random.key(0), 2 * count)
     ups = [size**-0.5 * jax.random.normal(key, (wide, size)).astype(jnp.bfloat16) for key in keys[:count]]
     downs = [wide**-0.5 * jax.random.normal(key, (size, wide)).astype(jnp.bfloat16) for key in keys[count:]]
@@ -58,7 +59,7 @@ def products(size: int, wide: int, count: int) -> None:
 
 
 def norms(size: int, count: int) -> None:
-    """`count` RMS norms, one behind the other, in both layouts."""
+    """`count` RMS norms, one after another, in both layouts."""
     weights = [1 + 0.01 * jax.random.normal(jax.random.key(i), (size,), jnp.bfloat16) for i in range(count)]
 
     def normed(x: jax.Array, weights: list[jax.Array], axis: int) -> jax.Array:
@@ -74,7 +75,7 @@ def norms(size: int, count: int) -> None:
 
 
 def branches(flags: str) -> None:
-    """`BRANCHES` branches with next to nothing in them, half of which are taken."""
+    """`BRANCHES` branches that hold one addition each; half of them run."""
 
     def run(x: jax.Array) -> jax.Array:
         for i in range(BRANCHES):
@@ -83,7 +84,7 @@ def branches(flags: str) -> None:
 
     for form in ("cond", "while"):
         os.environ[control_flow.VARIABLE] = form
-        jax.clear_caches()  # or JAX would find the trace of the other form
+        jax.clear_caches()  # JAX would reuse the trace of the other form
         seconds = best(run, jnp.zeros((128,), jnp.int32))
         report("small", f"{BRANCHES} branches {form} {flags}", us=1e6 * seconds / BRANCHES)
 
@@ -91,7 +92,7 @@ def branches(flags: str) -> None:
 def main(arguments: list[str]) -> int:
     """Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.small")
-    parser.add_argument("--only-branches", metavar="FLAGS", help="the branches alone; what to call XLA's flags")
+    parser.add_argument("--only-branches", metavar="FLAGS", help="only the branches; name of XLA's flags in results")
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args(arguments)
     if args.only_branches is None:

@@ -1,6 +1,6 @@
-"""One kernel at one shape, against XLA in float32: `python -m bench.gpu.smoke attention llama-3-8b`.
+"""One kernel at one shape, compared with XLA in float32: `python -m bench.gpu.smoke attention llama-3-8b`.
 
-A process of its own for each, since a kernel that aborts, hangs or writes where it must not takes its process along.
+Each runs in a process of its own, since a kernel that aborts, hangs or writes out of bounds ends its process.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ from eejax.config import ModelConfig
 from pallas_kernels import KVProjection, kv_fill, paged_attention
 from pallas_kernels.implementation import Implementation
 
-KERNELS = ("attention", "fill")
 FAULT = "EEJAX_GPU_CHECK_FAULT"
-"""Environment variable for tests of the check: the process of the smoke test with this name aborts."""
+"""Environment variable for tests of the check: kernel and model whose process aborts."""
 PAGE = 64
 
 
@@ -37,7 +36,7 @@ def pools(shape: tuple[int, ...], used: np.ndarray, seed: int) -> list[jax.Array
 
 
 def attention(config: ModelConfig, width: int, seed: int) -> float:
-    """Rows of no token, one, a page less and more than one, and up to `width` pages. Returns the relative error."""
+    """Rows with 0 tokens, 1, about a page, and up to `width` pages. Returns the relative error."""
     longest = width * PAGE
     lengths = np.array([0, 1, PAGE - 1, PAGE, PAGE + 1, longest - 7, longest], np.int32)
     count = width * len(lengths)
@@ -61,7 +60,7 @@ def attention(config: ModelConfig, width: int, seed: int) -> float:
 
 
 def fill(config: ModelConfig, seed: int) -> float:
-    """Tokens that lack all blocks, some and none. Returns the relative error of what was written."""
+    """Tokens that lack K and V in all blocks, in some, in none. Returns the relative error of what is written."""
     dim, heads, size = config.head_dim, config.n_kv_heads, config.hidden_size
     layers = (2, 0, 1)
     positions = np.array([0, 5, PAGE - 1, PAGE, 3, 70], np.int32)
@@ -107,7 +106,7 @@ def fill(config: ModelConfig, seed: int) -> float:
 def main(arguments: list[str]) -> int:
     """Returns the exit status: 1 where the error is too large."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.smoke")
-    parser.add_argument("kernel", choices=KERNELS)
+    parser.add_argument("kernel", choices=("attention", "fill"))
     parser.add_argument("model", choices=sorted(MODELS))
     parser.add_argument("--dry-run", action="store_true", help="interpreted")
     args = parser.parse_args(arguments)

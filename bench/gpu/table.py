@@ -1,4 +1,4 @@
-"""What a reader far away needs first: at most 40 lines, 118 columns wide."""
+"""The summary of a check: at most 40 lines of 118 columns."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 MOST_LINES = 40
 WIDTH = 118
+MOST_STAGES, MOST_ATTENTION, MOST_FILL, MOST_DECODE = 9, 7, 3, 10
+"""Lines of a section."""
 LONGEST_KERNELS = 5
 
 type Results = Sequence[dict[str, Any]]
@@ -14,8 +16,8 @@ type Results = Sequence[dict[str, Any]]
 
 def lines(results: Results, dry: bool) -> list[str]:
     """The table."""
-    found = [*_machine(results), *_stages(results), *_demo(results), *_small(results)]
-    found += [*_attention(results), *_fill(results), *_decode(results), *_profile(results)]
+    sections = (_machine, _stages, _demo, _small, _attention, _fill, _decode, _profile)
+    found = [line for section in sections for line in section(results)]
     foot = ["DRY RUN: tiny shapes, kernels interpreted on a CPU. The figures mean nothing."] if dry else []
     return [line[:WIDTH] for line in found[: MOST_LINES - len(foot)]] + foot
 
@@ -50,18 +52,18 @@ def _stages(results: Results) -> list[str]:
     errors = [one["relative_error"] for one in smoke.values() if "relative_error" in one]
     if errors:
         rows.append(f"smoke: {len(errors)} kernels ran, largest relative error {max(errors):.1e}")
-    return rows[:9]
+    return rows[:MOST_STAGES]
 
 
 def _demo(results: Results) -> list[str]:
     rows = []
     for name, one in _of(results, "demo").items():
         if name.startswith("compared"):
-            kept = ", ".join(f"{run} {share:.2f}" for run, share in one["tokens_before_parting_from_float32"].items())
-            equal = f"mosaic equals xla in {one['equal_answers']}" if "equal_answers" in one else "mosaic did not run"
-            rows.append(
-                f"demo bf16, {name.split()[1]}: with float32 for {kept} of the tokens; {equal} of {one['answers']}"
-            )
+            kept = ", ".join(f"{run} {share:.2f}" for run, share in one["tokens_equal_to_float32"].items())
+            row = f"demo bf16, {name.split()[1]}: share of tokens equal to float32's: {kept}"
+            if "equal_answers" in one:
+                row += f"; mosaic equals xla in {one['equal_answers']} of {one['answers']} answers"
+            rows.append(row)
     return rows
 
 
@@ -94,7 +96,7 @@ def _attention(results: Results) -> list[str]:
         if "implementations" in one:
             mosaic = _cell(one, "mosaic", "of_copy_bandwidth", "kernel_of_copy_bandwidth")
             rows.append(f"  {name}: mosaic {mosaic}, xla {_cell(one, 'xla')}, torch {_cell(one, 'torch')}")
-    return ["attention, us (of copy bandwidth/by kernel time):", *rows[:7]] if rows else []
+    return ["attention, us (of copy bandwidth/by kernel time):", *rows[:MOST_ATTENTION]] if rows else []
 
 
 def _fill(results: Results) -> list[str]:
@@ -103,7 +105,7 @@ def _fill(results: Results) -> list[str]:
         if "implementations" in one:
             mosaic = _cell(one, "mosaic", "over_weight_read")
             rows.append(f"  {name}: mosaic {mosaic}, xla {_cell(one, 'xla')}, whole blocks {_cell(one, 'full')}")
-    return ["fill-in, us (times reading the weights):", *rows[:3]] if rows else []
+    return ["fill-in, us (times reading the weights):", *rows[:MOST_FILL]] if rows else []
 
 
 def _decode(results: Results) -> list[str]:
@@ -114,7 +116,7 @@ def _decode(results: Results) -> list[str]:
         if one.get("measured_speedup") is not None and not name.endswith(" full"):
             row += f", {one['measured_speedup']:.2f}x of ideal {_number(one['ideal_speedup'], 2)}x"
         rows.append(row)
-    return ["decoding, a step:", *rows[:10]] if rows else []
+    return ["decoding, a step:", *rows[:MOST_DECODE]] if rows else []
 
 
 def _profile(results: Results) -> list[str]:

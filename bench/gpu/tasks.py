@@ -1,4 +1,4 @@
-"""Processes with a limit: started, waited for, killed with all that they started, their output kept."""
+"""Processes with a time limit. Each one is killed with all its children, and its output is kept."""
 
 from __future__ import annotations
 
@@ -12,15 +12,27 @@ from pathlib import Path
 
 from bench.gpu.record import append
 
-MOST_OUTPUT = 100_000
-"""Characters of one process's output that go into the log: its end."""
 POLL = 0.05
+"""Seconds between two looks at a process."""
 GRACE = 2.0
+"""Seconds after its limit until a process ends by itself, in case its parent was killed."""
+MOST_OUTPUT = 100_000
+"""Characters of one process's output that the log keeps: the last ones."""
+SHOWN_LINES, SHOWN_COLUMNS = 12, 300
+"""Of a failed process's output that is printed at once."""
 
 
 @dataclass(slots=True)
 class Task:
-    """One process. `name` is what the log calls it, `seconds` its limit."""
+    """A process.
+
+    Attributes:
+        name: in the log and in results.
+        seconds: its limit.
+        variables: added to the environment.
+        started, ended: by `time.monotonic`; 0 before.
+        overdue: it was killed at its limit.
+    """
 
     name: str
     command: Sequence[str]
@@ -32,7 +44,7 @@ class Task:
     overdue: bool = False
 
     def start(self, logs: Path) -> None:
-        """Begin. `timeout` ends it even if nobody is left to look after it."""
+        """Start the process, with its output in a file in `logs`."""
         self.started = time.monotonic()
         command = ["timeout", "--kill-after=2", f"{self.seconds + GRACE:.1f}", *self.command]
         logs.mkdir(parents=True, exist_ok=True)
@@ -47,11 +59,11 @@ class Task:
             )
 
     def log(self, logs: Path) -> Path:
-        """Its output."""
+        """The file with its output."""
         return logs / f"{self.name.replace(' ', '-')}.log"
 
     def over(self) -> bool:
-        """Whether it has ended; one whose time is over is killed."""
+        """Whether it has ended. Kills it if its time is over."""
         if self.process is None or self.ended:
             return True
         if self.process.poll() is None:
@@ -63,23 +75,23 @@ class Task:
         return True
 
     def kill(self) -> None:
-        """End it and all that it started."""
+        """Kill it with its children."""
         if self.process is not None and self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
     @property
     def status(self) -> str:
-        """`ok`, or how it ended."""
+        """`ok`, or how it failed."""
+        if self.process is None:
+            return "not begun: no time left"
         if self.overdue:
             return f"FAILED: over {self.seconds:.0f} s"
-        code = self.process.returncode if self.process else None
-        if code is None:
-            return "not begun: no time left"
-        code = code - 128 if code > 128 else -code if code < 0 else None  # what `timeout` makes of signals
-        if code is not None:
-            return f"FAILED: {signal.Signals(code).name}" if code in set(signal.Signals) else f"FAILED: signal {code}"
-        return "ok" if not self.process or not self.process.returncode else f"FAILED: exit {self.process.returncode}"
+        code = self.process.returncode
+        if not code:
+            return "ok"
+        number = -code if code < 0 else code - 128  # `timeout` reports a signal as 128 more
+        return f"FAILED: {signal.Signals(number).name}" if number in set(signal.Signals) else f"FAILED: exit {code}"
 
     @property
     def seconds_taken(self) -> float:
@@ -88,8 +100,8 @@ class Task:
 
 
 def keep_log(task: Task, logs: Path, log: Path) -> str:
-    """Append a task's output to the common log. Returns its last lines."""
+    """Append the output of a task to the common log. Returns its last lines."""
     path = task.log(logs)
     text = path.read_text(errors="replace") if path.exists() else ""
     append(log, f"==== {task.name}: {task.status}, {task.seconds_taken:.1f} s\n{text[-MOST_OUTPUT:]}\n")
-    return "\n".join(line[:300] for line in text.splitlines()[-12:])
+    return "\n".join(line[:SHOWN_COLUMNS] for line in text.splitlines()[-SHOWN_LINES:])

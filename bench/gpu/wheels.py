@@ -1,9 +1,9 @@
-"""The packages that this machine lacks, out of a folder of wheels that came along (`bench/gpu_wheels.sh`).
+"""Install the packages that this machine lacks, from a folder of wheels (`bench/gpu_wheels.sh` fills it).
 
     python -m bench.gpu.wheels FOLDER TARGET
 
-Of the project's own requirements, those that are missing here or older than it needs are installed into TARGET, without
-what they need themselves: a machine with JAX has it.
+Requirements of the project that are missing here, or too old, are installed into TARGET, without dependencies of their
+own: a machine that has JAX and Flax has those.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from packaging.utils import canonicalize_name
 from bench.gpu.record import report
 
 NEVER = ("jax", "numpy")
-"""They belong to the machine's CUDA, or are beneath everything there."""
+"""They belong to the machine's CUDA, or all its packages were built against them."""
 
 
 def requirements(pyproject: Path) -> list[Requirement]:
-    """What the core needs."""
+    """Requirements of the core."""
     return [Requirement(one) for one in tomllib.loads(pyproject.read_text())["project"]["dependencies"]]
 
 
 def lacking(needed: list[Requirement]) -> list[Requirement]:
-    """Those that are not installed, or in a version that does not do."""
+    """Requirements that no installed package meets."""
     found = []
     for one in needed:
         try:
