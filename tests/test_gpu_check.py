@@ -114,9 +114,9 @@ def test_a_kernel_that_aborts_costs_its_own_line(tmp_path, monkeypatch):
 def test_without_time_stages_are_named_and_not_begun(tmp_path, monkeypatch):
     check = check_of(tmp_path, monkeypatch, total=1.0)
     check.stage([check.task("environment", [], 30)])
-    check.decode("tiny", 1, ["full"], 30)
+    check.decode("decode", ("tiny", 1), ["full"], 30)
     assert set(statuses(tmp_path / "out").values()) == {"not begun: no time left"}
-    assert list(statuses(tmp_path / "out")) == ["environment", "decode tiny 1"]
+    assert list(statuses(tmp_path / "out")) == ["environment", "decode"]
 
 
 # ------------------------------------------------------------------------------------------------------------ processes
@@ -229,8 +229,6 @@ def test_sizes_name_models_that_there_are(sizes):
     assert set(sizes.smoke) <= MODELS.keys()
     assert {sizes.large, sizes.last[0]} <= SHAPES.keys()
     assert {*LARGE_RUNS, *BATCH_RUNS} <= decoding.RUNS.keys()
-    # No two decoding stages have the same name.
-    assert len({(sizes.large, 1), (sizes.large, sizes.batch), sizes.last}) == 3
 
 
 def test_sweeps_of_kernels_cover_every_batch_and_context():

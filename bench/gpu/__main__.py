@@ -64,7 +64,7 @@ DRY = Sizes(
     smoke=("tiny",),
     large="tiny",
     batch=2,
-    last=("tiny", 4),
+    last=("tiny", 1),
     ahead=False,
     tests=("-k", "interpreted and layer_and_scale", "-n", "2"),
 )
@@ -97,11 +97,11 @@ class Check:
         for kernel in KERNELS:
             without = ["--without", "mosaic"] if kernel in self.broken else []
             self.stage([self.task(kernel, [kernel, "--seconds", "38", *without], 48, module="kernels")])
-        self.decode(sizes.large, 1, LARGE_RUNS, 80)
+        self.decode("decode", (sizes.large, 1), LARGE_RUNS, 80)
         self.stage([self.task("profile", ["--model", sizes.large, "--raw", str(self.work / "raw")], 45)])
-        self.decode(sizes.large, sizes.batch, BATCH_RUNS, 60)
+        self.decode("decode batch", (sizes.large, sizes.batch), BATCH_RUNS, 60)
         self.tests()
-        self.decode(*sizes.last, ("full", "eager-cond"), 60)
+        self.decode("decode last", sizes.last, ("full", "eager-cond"), 60)
 
     def close(self) -> None:
         """Kill what still runs, and leave every file readable."""
@@ -219,10 +219,10 @@ class Check:
         self.stage([self.task("small", [], 45)])
         self.stage([self.task("branches", ["--only-branches", "+WHILE"], 20, module="small", XLA_FLAGS=flags)])
 
-    def decode(self, model: str, batch: int, runs: Sequence[str], seconds: float) -> None:
-        """Measure decoding."""
-        arguments = ["--model", model, "--batch", str(batch), "--runs", ",".join(runs)]
-        self.stage([self.task(f"decode {model} {batch}", arguments, seconds, module="decoding")])
+    def decode(self, name: str, size: tuple[str, int], runs: Sequence[str], seconds: float) -> None:
+        """Measure decoding of a model with a number of rows."""
+        arguments = ["--model", size[0], "--batch", str(size[1]), "--runs", ",".join(runs)]
+        self.stage([self.task(name, arguments, seconds, module="decoding")])
 
     def tests(self) -> None:
         """Run the suites of the kernels on the device. No warning fails a test."""
