@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from bench.schedule_rows import Outcome
 from bench.step_model import DecodeCall, PrefillCall, StepModel, pages_visited
-from eejax.buckets import segment_bucket
 from eejax.config import SchedulerConfig
 from eejax.lengths import LengthEstimate
 from eejax.page_allocator import PageAllocator
@@ -208,7 +207,7 @@ class _Device:
             for end in self._exits if early else self._exits[-1:]:
                 if not (entered := sum(depth > above for depth in depths)):
                     break
-                width = segment_bucket(bucket, self._compacts, entered)
+                width = entered if self._compacts else bucket
                 blocks, row_blocks = blocks + end - above, row_blocks + (end - above) * width
                 heads, row_heads = heads + 1, row_heads + width
                 above = end

@@ -3,30 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from typing import NamedTuple
 
 
 def bucket_of(count: int, smallest: int = 1) -> int:
     """The power of two that holds `count`, at least `smallest`."""
     return max(smallest, 1 << (count - 1).bit_length())
-
-
-@cache
-def segment_buckets(bucket: int, compacts: bool) -> tuple[int, ...]:
-    """Row counts that a segment may run with in a batch of `bucket` rows, ascending: `bucket` alone without compaction.
-
-    Halves down to an eighth. Below that the weights decide what a block costs, not the rows (`python -m bench
-    buckets`), and every bucket is compiled for every block.
-    """
-    if not compacts:
-        return (bucket,)
-    return tuple(sorted({max(1, bucket >> shift) for shift in range(4)}))
-
-
-def segment_bucket(bucket: int, compacts: bool, count: int) -> int:
-    """The one of these that `count` rows run in."""
-    return next(size for size in segment_buckets(bucket, compacts) if size >= count)
 
 
 class Piece(NamedTuple):

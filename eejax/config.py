@@ -298,7 +298,8 @@ class DecodeConfig:
     last one is resolved.
 
     Attributes:
-        compaction: the rows that are unresolved behind an exit go on in the smallest bucket that holds them.
+        compaction: a block computes the rows that run it, and no others. `auto` does so where there are kernels that
+            can; without them all rows are computed either way.
         fill: when K and V are written in blocks that a token did not run: `eager`, before its step ends; `deferred`,
             when the block next runs, or at the end of the chunk.
         rebatching: rows that left go on to their next token, while the others are held until enough of them have

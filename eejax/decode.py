@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from eejax import exits, sampling
 from eejax.config import ModelConfig
-from eejax.decode_state import DecodeState, Plan, Rows, begin
+from eejax.decode_state import DecodeState, Plan, Rows, Step, begin
 from eejax.kv_cache import PagedKVCache
 from eejax.model import bind
 from eejax.params import MAX_LOGPROBS
@@ -69,12 +69,12 @@ def decode_chunk(
     def advance(carry: tuple) -> tuple:
         i, _, state, step, tokens_out, exits_out, logprobs_out = carry
         step, resolved = run_pass(model, plan, rows, state, step, hold, i + 1 >= n_steps)
-        tokens = _choose(plan, rows, state, step.logits, resolved)
-        if logprobs_out is not None:
-            wants = resolved & (rows.sampling.logprobs >= 0)
+        tokens = _choose(rows, state, step, resolved)
+        if logprobs_out is not None and step.logits is not None:
+            wants, logits = resolved & (rows.sampling.logprobs >= 0), step.logits
 
             def report(out: TokenLogprobs) -> TokenLogprobs:
-                new = sampling.token_logprobs(step.logits, tokens)
+                new = sampling.token_logprobs(logits, tokens)
                 return jax.tree.map(lambda a, b: a.at[i].set(b), out, new)
 
             logprobs_out = run_if(jnp.any(wants), report, logprobs_out)
@@ -115,15 +115,14 @@ def _no_logprobs(max_steps: int, count: int) -> TokenLogprobs:
     return TokenLogprobs(jnp.zeros(steps), jnp.zeros(steps, jnp.int32), jnp.zeros(top), jnp.zeros(top, jnp.int32))
 
 
-def _choose(
-    plan: Plan, rows: Rows, state: DecodeState, logits: Float[Array, "V B"], resolved: Bool[Array, " B"]
-) -> Int[Array, " B"]:
+def _choose(rows: Rows, state: DecodeState, step: Step, resolved: Bool[Array, " B"]) -> Int[Array, " B"]:
     """The next token of each resolved row; random numbers are drawn only when one of them samples."""
-    greedy = sampling.argmax(logits)
-    if plan.asks.choice == "greedy":
-        return greedy
+    if (logits := step.logits) is None:
+        return step.best.token
 
-    def draw(_: Array) -> Array:
-        return sampling.sample(logits, rows.sampling, exits.token_keys(rows.exits, state.generated))
+    def draw(greedy: Array) -> Array:
+        drawn = sampling.sample(logits, rows.sampling, exits.token_keys(rows.exits, state.generated))
+        return jnp.where(rows.sampling.samples, drawn, greedy)
 
-    return run_if(jnp.any(resolved & (rows.sampling.temperature > 0)), draw, greedy)
+    with jax.named_scope("sampling"):
+        return run_if(jnp.any(resolved & rows.sampling.samples), draw, step.best.token)

@@ -18,6 +18,7 @@ from eejax.kv_fill import Waiting
 from eejax.model import EarlyExitTransformer
 from eejax.params import SamplingParams
 from eejax.sampling import SamplingRows
+from pallas_kernels.head import Best
 
 COUNTERS = ("steps", "blocks", "heads", "row_blocks", "row_heads", "fills")
 """What a chunk counts: passes; blocks run, and vocabulary projections; rows computed, summed over either; blocks whose
@@ -72,8 +73,9 @@ class Step:
         held: passes that the row has been standing there.
         exit_at: blocks that each row ran.
         features: what the output matrix multiplies, of resolved rows.
-        logits: valid for rows that are `scored`.
-        scored: rows whose logits are known already.
+        best: what their logits come to, of rows that are `scored`.
+        logits: of those that `SamplingRows.needs_logits`; None where the program is for greedy rows.
+        scored: rows to whose features the output matrix has been applied.
         waiting: for deferred fill-in; None where it is eager.
         counts: `COUNTERS` so far in this chunk.
     """
@@ -85,7 +87,8 @@ class Step:
     held: Int[Array, " B"]
     exit_at: Int[Array, " B"]
     features: Float[Array, "D B"]
-    logits: Float[Array, "V B"]
+    best: Best
+    logits: Float[Array, "V B"] | None
     scored: Bool[Array, " B"]
     waiting: Waiting | None
     counts: Int[Array, " 6"]
@@ -139,19 +142,27 @@ class Plan:
     """How segments are run; fixed when the program is compiled.
 
     Attributes:
-        buckets: row counts that a segment may run with, ascending; the last one is B.
+        compacts: a block computes the rows that run it and no others; else all, and keeps what others had.
         deferred: fill-in is deferred.
         asks: what rows may ask for.
     """
 
-    buckets: tuple[int, ...]
+    compacts: bool
     deferred: bool
     asks: Asks = ANYTHING
 
     @property
     def straight(self) -> bool:
-        """Whether every step runs every block for all rows, so that it needs no branch."""
-        return self.asks.exits == "none" and len(self.buckets) == 1
+        """Whether every step runs every block, so that it needs no branch."""
+        return self.asks.exits == "none"
+
+    def computed(self, rows: Bool[Array, " B"]) -> Bool[Array, " B"] | None:
+        """The rows that are computed where these are needed; None: all."""
+        return rows if self.compacts else None
+
+    def count(self, rows: Bool[Array, " B"]) -> Int[Array, ""] | int:
+        """How many that are."""
+        return jnp.sum(rows, dtype=jnp.int32) if self.compacts else rows.shape[0]
 
 
 def begin(model: EarlyExitTransformer, plan: Plan, cache: PagedKVCache, count: int) -> Step:
@@ -168,7 +179,8 @@ def begin(model: EarlyExitTransformer, plan: Plan, cache: PagedKVCache, count: i
         held=zeros,
         exit_at=zeros,
         features=states,
-        logits=jnp.zeros((config.vocab_size, count), jnp.float32),
+        best=Best.unknown(count),
+        logits=jnp.zeros((config.vocab_size, count), jnp.float32) if plan.asks.choice == "any" else None,
         scored=none,
         waiting=kv_fill.nobody_waits(model, count, dtype) if plan.deferred else None,
         counts=jnp.zeros((len(COUNTERS),), jnp.int32),

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from eejax.params import Measure
-from eejax.row_subset import RowSubset
-from pallas_kernels.control_flow import run_if
+from pallas_kernels.head import Best
 
 MEASURES: tuple[str, ...] = get_args(Measure)
 """A row's measure travels to the device as an index into this."""
@@ -43,29 +42,19 @@ class ExitRows:
     horizon: Float[Array, " B"]
     keys: UInt32[Array, "B 2"]
 
-    def take(self, subset: RowSubset) -> ExitRows:
-        """Those of some rows."""
-        return ExitRows(
-            thresholds=subset.take(self.thresholds),
-            measure=subset.take(self.measure),
-            tau=subset.take(self.tau),
-            horizon=subset.take(self.horizon),
-            keys=subset.take_table(self.keys),
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class Observation:
     """What measures may look at, at one exit. What is None was not computed, and rows that need it do not leave.
 
     Attributes:
-        logits: this exit's logits.
+        best: what this exit's logits come to.
         similarity: cosine of the hidden states behind and before the exit's block.
         probe: log-odds by the exit's linear probe.
         uniform: one draw per token.
     """
 
-    logits: Float[Array, "V B"] | None = None
+    best: Best | None = None
     similarity: Float[Array, " B"] | None = None
     probe: Float[Array, " B"] | None = None
     uniform: Float[Array, " B"] | None = None
@@ -98,23 +87,6 @@ def uniform_draw(rows: ExitRows, step: Int[Array, " B"]) -> Float[Array, " B"]:
     return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, RANDOM_STREAM)))(token_keys(rows, step))
 
 
-def top_probabilities(
-    logits: Float[Array, "V B"], wanted: Bool[Array, " B"]
-) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
-    """The largest probability of each row, and the second largest where `wanted` by any row (zeros otherwise)."""
-    top = jnp.max(logits, axis=0)
-    total = jnp.sum(jnp.exp(logits - top), axis=0)
-
-    def second(_: Array) -> Array:
-        # A tie for the first rank leaves a margin of zero.
-        tied = jnp.sum(logits == top, axis=0) > 1
-        below = jnp.max(jnp.where(logits < top, logits, -jnp.inf), axis=0)
-        return jnp.exp(jnp.where(tied, top, below) - top) / total
-
-    # It takes longer than all the rest, and only `margin` asks for it.
-    return 1.0 / total, run_if(jnp.any(wanted), second, jnp.zeros_like(total))
-
-
 def similarity(before: Float[Array, "D B"], behind: Float[Array, "D B"]) -> Float[Array, " B"]:
     """The `similarity` measure: cosine of the hidden states before and behind a block, at most 1."""
     before, behind = before.astype(jnp.float32), behind.astype(jnp.float32)
@@ -126,9 +98,9 @@ def similarity(before: Float[Array, "D B"], behind: Float[Array, "D B"]) -> Floa
 def confidence(rows: ExitRows, seen: Observation) -> Float[Array, " B"]:
     """Each row's confidence under its own measure, below every threshold where that was not observed."""
     found: dict[str, Array] = {}
-    if seen.logits is not None:
-        top, second = top_probabilities(seen.logits, uses(rows, frozenset({"margin"})))
-        found |= {"softmax": top, "margin": top - second}
+    if seen.best is not None:
+        top = jnp.exp(seen.best.top - seen.best.log_sum)
+        found |= {"softmax": top, "margin": top - jnp.exp(seen.best.second - seen.best.log_sum)}
     if seen.similarity is not None:
         found["similarity"] = seen.similarity
     if seen.probe is not None:

@@ -65,13 +65,6 @@ class Tokens:
     page_table: Int[Array, "N M"]
     valid: Bool[Array, " N"]
 
-    @classmethod
-    def none(cls, model: EarlyExitTransformer, page_table: Int[Array, "B M"]) -> Tokens:
-        """No token."""
-        empty = jnp.zeros(0, jnp.int32)
-        x = jnp.zeros((model.config.hidden_size, 0), model.embedding[...].dtype)
-        return cls(x, empty, page_table[:0], empty.astype(bool))
-
     def followed_by(self, others: Tokens) -> Tokens:
         """These and then the others."""
         return Tokens(

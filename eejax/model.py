@@ -25,6 +25,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from eejax.config import ModelConfig, RopeScaling
+from pallas_kernels.head import Best, head
 from pallas_kernels.projection import (
     KVProjection,
     Norm,
@@ -33,7 +34,6 @@ from pallas_kernels.projection import (
     linear,
     linear_pair,
     project,
-    project_into,
     rms_norm,
     rope,
 )
@@ -71,9 +71,12 @@ class Mlp(nnx.Module):
         self.gate_up = _normal(rngs, 2 * config.intermediate_size, config.hidden_size)
         self.down = _normal(rngs, config.hidden_size, config.intermediate_size)
 
-    def __call__(self, x: Float[Array, "D *N"], norm: Norm) -> Float[Array, "D *N"]:
-        """`x` and what the MLP makes of it behind its norm."""
-        return linear(self.down[...], gated_linear(self.gate_up[...], x, norm), residual=x)
+    def __call__(
+        self, x: Float[Array, "D *N"], norm: Norm, active: Bool[Array, " N"] | None = None
+    ) -> Float[Array, "D *N"]:
+        """`x` and what the MLP makes of it behind its norm, in the columns that are `active` (None: all)."""
+        gated = gated_linear(self.gate_up[...], x, norm, active)
+        return linear(self.down[...], gated, residual=x, active=active)
 
 
 class Block(nnx.Module):
@@ -129,6 +132,7 @@ class Block(nnx.Module):
         attend: Attend[Cache],
         cache: Cache,
         beside: Float[Array, "D M"] | None = None,
+        active: tuple[Bool[Array, " N"], Bool[Array, " N+M"]] | None = None,
     ) -> tuple[Float[Array, "D *N"], Float[Array, "D *N"], Cache]:
         """Run the block.
 
@@ -136,22 +140,25 @@ class Block(nnx.Module):
             beside: states that do not go through the block, but whose K and V it makes, in the same product: `attend`
                 gets them behind those of `x`, and their `positions` stand behind those of `x`, which has one token axis
                 then.
+            active: which states go through the block, the others staying as they are; and of which, with those beside
+                them, K and V are made, the others being anything. All when None.
 
         Returns:
             Its output; the residual between attention and MLP, which `mlp` exits read; the cache.
         """
         mine, norm = positions, Norm(self.attn_norm[...], self.config.norm_eps)
-        if beside is not None and beside.shape[1]:
+        runs, due = active or (None, None)
+        if beside is not None:
             mine = positions[: x.shape[1]]
-            q = linear(self.wq[...], x, norm)
-            kv = linear(self.wkv[...], jnp.concatenate([x, beside], axis=1), norm)
+            q = linear(self.wq[...], x, norm, active=runs)
+            kv = linear(self.wkv[...], jnp.concatenate([x, beside], axis=1), norm, active=due)
         else:
-            q, kv = linear_pair(self.wq[...], self.wkv[...], x, norm)
+            q, kv = linear_pair(self.wq[...], self.wkv[...], x, norm, active)
         q = self._finish_queries(q, mine, freq)
         k, v = finish_keys_values(self.kv_projection, kv, positions, freq)
         o, cache = attend(q, k, v, cache)
-        middle = linear(self.wo[...], o.reshape(-1, *mine.shape), residual=x)
-        out = self.mlp(middle, self.norm_before_mlp)
+        middle = linear(self.wo[...], o.reshape(-1, *mine.shape), residual=x, active=runs)
+        out = self.mlp(middle, self.norm_before_mlp, runs)
         return out, middle, cache
 
 
@@ -217,6 +224,7 @@ class EarlyExitTransformer(nnx.Module):
         x: Float[Array, "D *N"],
         middle: Float[Array, "D *N"],
         run_block: Callable[[Block, Array], Array] | None = None,
+        active: Bool[Array, " N"] | None = None,
     ) -> Float[Array, "D *N"]:
         """What the output matrix at exit point `layer` multiplies.
 
@@ -225,6 +233,7 @@ class EarlyExitTransformer(nnx.Module):
             x: hidden state after block `layer`.
             middle: that block's residual between attention and MLP.
             run_block: what a block makes of `x`; the caller knows its attention. Only `block` exits need it.
+            active: columns that are needed, all when None; the others may be anything.
 
         Raises:
             ValueError: a `block` exit without `run_block`.
@@ -232,14 +241,14 @@ class EarlyExitTransformer(nnx.Module):
         eps = self.config.norm_eps
         if layer == self.config.n_layers or self.config.exits.head == "shared":
             return rms_norm(self.norm[...], x, eps)
-        head = self.exits[f"after_{layer}"]
+        own = self.exits[f"after_{layer}"]
         if self.config.exits.head == "mlp":
-            x = head.mlp(middle, self.blocks[layer - 1].norm_before_mlp)
+            x = own.mlp(middle, self.blocks[layer - 1].norm_before_mlp, active)
         if self.config.exits.head == "block":
             if run_block is None:
                 raise ValueError(f"features of the block exit after block {layer} need run_block")
-            x = run_block(head.block, x)
-        return rms_norm(head.norm[...], x, eps) if self.config.exits.norm else x
+            x = run_block(own.block, x)
+        return rms_norm(own.norm[...], x, eps) if self.config.exits.norm else x
 
     def probe_logit(self, layer: int, features: Float[Array, "D *N"]) -> Float[Array, "*N"]:
         """Log-odds, by exit `layer`'s linear probe, that its likeliest token is the last block's (CALM, sec. 3.3).
@@ -247,9 +256,9 @@ class EarlyExitTransformer(nnx.Module):
         Args:
             features: what `features` returned for this exit.
         """
-        head = self.exits[f"after_{layer}"]
-        weight = head.probe_weight[...].astype(jnp.float32)
-        return jnp.tensordot(weight, features.astype(jnp.float32), 1) + head.probe_bias[...].astype(jnp.float32)[0]
+        own = self.exits[f"after_{layer}"]
+        weight = own.probe_weight[...].astype(jnp.float32)
+        return jnp.tensordot(weight, features.astype(jnp.float32), 1) + own.probe_bias[...].astype(jnp.float32)[0]
 
     def output_matrix(self, layer: int) -> Float[Array, "V D"]:
         """The matrix that turns features at exit point `layer` into logits."""
@@ -261,11 +270,19 @@ class EarlyExitTransformer(nnx.Module):
         """Float32 logits at exit point `layer`."""
         return project(self.output_matrix(layer), features)
 
-    def logits_into(
-        self, old: Float[Array, "V N"], only: Bool[Array, " N"], layer: int, features: Float[Array, "D N"]
-    ) -> Float[Array, "V N"]:
-        """`old` with the logits of those columns `only`."""
-        return project_into(old, only, self.output_matrix(layer), features)
+    def best(
+        self,
+        layer: int,
+        features: Float[Array, "D N"],
+        *,
+        active: Bool[Array, " N"] | None = None,
+        logits: Float[Array, "V N"] | None = None,
+        wanted: Bool[Array, " N"] | None = None,
+        confidence: bool = True,
+    ) -> tuple[Best, Float[Array, "V N"] | None]:
+        """What the logits at exit point `layer` come to, see `pallas_kernels.head.head`."""
+        matrix = self.output_matrix(layer)
+        return head(matrix, features, active=active, logits=logits, wanted=wanted, confidence=confidence)
 
     def exit_features(
         self, tokens: Int[Array, "B T"], dtype: jnp.dtype | None = None, remat: bool = False

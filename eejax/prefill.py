@@ -24,7 +24,6 @@ from eejax.exits import token_keys
 from eejax.kv_cache import PagedKVCache, write
 from eejax.kv_fill import Tokens, fill
 from eejax.model import bind
-from eejax.row_subset import RowSubset, each_bucket
 from eejax.sampling import TokenLogprobs
 from pallas_kernels import ragged_paged_attention
 from pallas_kernels.control_flow import run_if
@@ -112,30 +111,25 @@ def prefill(
     top = jnp.zeros((sampling.MAX_LOGPROBS, count))
     nothing = TokenLogprobs(jnp.zeros(count), jnp.zeros(count, jnp.int32), top, top.astype(jnp.int32))
     found = Prefilled(jnp.zeros(count, jnp.int32), nothing, x)
-    # A prompt by itself does not pay for the head of all rows.
-    for size, fits in each_bucket(tuple(sorted({1, count})), jnp.sum(tokens.wants_token)):
+    features = model.features(config.n_layers, x, middle)
+    wants, some = tokens.wants_token, rows.sampling
 
-        def choose(found: Prefilled, size: int = size) -> Prefilled:
-            subset = RowSubset.of(tokens.wants_token, size)
-            wants, some = subset.take(tokens.wants_token), jax.tree.map(subset.take, rows.sampling)
-            logits = model.logits(config.n_layers, model.features(config.n_layers, subset.take(x), subset.take(middle)))
+    def choose(found: Prefilled) -> Prefilled:
+        best, _ = model.best(config.n_layers, features, active=wants, confidence=False)
+        return replace(found, tokens=best.token)
 
-            def draw(_: Array) -> Array:
-                keys = token_keys(rows.exits.take(subset), jnp.zeros(size, jnp.int32))
-                return sampling.sample(logits, some, keys)
+    def draw(found: Prefilled) -> Prefilled:
+        logits = model.logits(config.n_layers, features)
+        keys = token_keys(rows.exits, jnp.zeros(count, jnp.int32))
+        chosen = sampling.sample(logits, some, keys)
 
-            chosen = run_if(jnp.any(wants & (some.temperature > 0)), draw, sampling.argmax(logits))
+        def report(_: TokenLogprobs) -> TokenLogprobs:
+            return sampling.token_logprobs(logits, chosen)
 
-            def report(logprobs: TokenLogprobs) -> TokenLogprobs:
-                new = sampling.token_logprobs(logits, chosen)
-                return jax.tree.map(lambda old, leaf: subset.put(old, leaf, wants), logprobs, new)
+        logprobs = run_if(jnp.any(wants & (some.logprobs >= 0)), report, found.logprobs)
+        return replace(found, tokens=chosen, logprobs=logprobs)
 
-            asked = jnp.any(wants & (some.logprobs >= 0))
-            return replace(
-                found,
-                tokens=subset.put(found.tokens, chosen, wants),
-                logprobs=run_if(asked, report, found.logprobs),
-            )
-
-        found = run_if(fits, choose, found)
+    special = jnp.any(wants & some.needs_logits)
+    found = run_if(jnp.any(wants) & ~special, choose, found)
+    found = run_if(special, draw, found)
     return cache, found

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence as Seq
 from itertools import pairwise
 
-from eejax.buckets import bucket_of, segment_bucket
+from eejax.buckets import bucket_of
 from eejax.request import Sequence
 from eejax.step_cost import StepCost
 
@@ -53,7 +53,7 @@ def tokens_per_second(
         shares: of the tokens that leave there.
         pages: of the longest row.
     """
-    bucket, segments = bucket_of(count), len(depths)
+    segments = len(depths)
     standing, waited = [0.0] * segments, [0] * segments
     reach = [1.0 - sum(shares[:i]) for i in range(segments)]
     tokens = seconds = 0.0
@@ -69,7 +69,7 @@ def tokens_per_second(
                 continue
             # A fraction of a row stands for a row that is there now and then.
             there = 1.0 if rows >= 1 else -math.expm1(-rows)
-            width = segment_bucket(bucket, cost.compacts, min(count, math.ceil(rows / there - 1e-9)))
+            width = rows / there if cost.compacts else bucket_of(count)
             seconds += there * cost.seconds_of(depth - above, (depth - above) * width, pages)
             leaving = rows * (shares[i] / reach[i] if i + 1 < segments and reach[i] > 0 else 1.0)
             tokens += leaving

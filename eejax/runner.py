@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from eejax.batch_arrays import logprobs_of, prefill_tokens, rows_of, state_of
-from eejax.buckets import bucket_of, cut_prefill, segment_buckets
+from eejax.buckets import bucket_of, cut_prefill
 from eejax.config import MIN_PREFILL_BUCKET, EngineConfig
 from eejax.decode import decode_chunk
 from eejax.decode_state import ANYTHING, COUNTERS, Asks, Plan
@@ -71,6 +71,7 @@ class Runner:
         kernels = choose_kernels(config.model, config.cache.page_size, dtype)
         # Without the kernel, attention gathers pages for every token of several rows: those go one after another.
         self._prefill_rows = MAX_PREFILL_ROWS if kernels["paged_attention"].implementation == "native" else 1
+        self._leaves_rows_out = kernels["kv_fill"].implementation == "native"
         self.cache = init_cache(config.model, config.cache, dtype)
         huge_pages.collapse(jax.tree.leaves((params, self.cache)))
         self._compiled = Compiled(ProgramFiles.of(config, params, kernels))
@@ -100,13 +101,9 @@ class Runner:
 
     @property
     def compacts(self) -> bool:
-        """Whether rows that have left are not computed any further.
-
-        By default on CPU, where a block costs more with every row (`python -m bench buckets`), so that a smaller bucket
-        pays as soon as it holds the rows. On a GPU nothing has been measured yet, and it does not.
-        """
+        """Whether rows that have left are not computed any further: by default where kernels can leave rows out."""
         wish = self.config.decode.compaction
-        return wish == "always" or (wish == "auto" and jax.default_backend() == "cpu")
+        return wish == "always" or (wish == "auto" and self._leaves_rows_out)
 
     @property
     def variants(self) -> list[Asks]:
@@ -155,8 +152,7 @@ class Runner:
         asks = asks if asks in variants else variants[-1]
 
         def lower() -> jax.stages.Lowered:
-            buckets = segment_buckets(bucket, self.compacts)
-            plan = Plan(buckets, asks.exits != "none" and self._defers(bucket), asks)
+            plan = Plan(self.compacts, asks.exits != "none" and self._defers(bucket), asks)
             chunk = functools.partial(decode_chunk, self.config.model, self.config.scheduler.max_chunk_steps, plan)
             rows, state = rows_of(self.config, (), bucket), state_of((), bucket)
             return jax.jit(chunk, donate_argnums=1).lower(

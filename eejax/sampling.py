@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from eejax.params import MAX_LOGPROBS
-from pallas_kernels.implementation import resolve
-from pallas_kernels.native import ops as native
+from pallas_kernels.head import Best
 
 
 @jax.tree_util.register_dataclass
@@ -24,6 +23,16 @@ class SamplingRows:
     top_p: Float[Array, " B"]
     min_p: Float[Array, " B"]
     logprobs: Int[Array, " B"]
+
+    @property
+    def samples(self) -> Bool[Array, " B"]:
+        """Rows that draw their tokens."""
+        return self.temperature > 0
+
+    @property
+    def needs_logits(self) -> Bool[Array, " B"]:
+        """Rows that the largest logit is not enough for."""
+        return self.samples | (self.logprobs >= 0)
 
 
 @jax.tree_util.register_dataclass
@@ -38,16 +47,6 @@ class TokenLogprobs:
     rank: Int[Array, " B"]
     top: Float[Array, "R B"]
     top_ids: Int[Array, "R B"]
-
-
-def argmax(logits: Float[Array, "V B"]) -> Int[Array, " B"]:
-    """Lowest id of the largest logit."""
-    if resolve("auto", {"native": lambda: native.argmax_refusal(logits)}) == "native":
-        return native.argmax(logits)
-    # Two plain reductions: XLA:CPU vectorises them, unlike its own argmax.
-    ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 0)
-    first = jnp.min(jnp.where(logits == jnp.max(logits, axis=0), ids, logits.shape[0]), axis=0)
-    return jnp.minimum(first, logits.shape[0] - 1)  # all-NaN logits still yield a valid id
 
 
 def _largest_with(accept: Callable[[Array], Array], rows: int) -> Float[Array, " B"]:
@@ -83,13 +82,13 @@ def keep_mask(probs: Float[Array, "V B"], rows: SamplingRows) -> Array:
 
 
 def sample(logits: Float[Array, "V B"], rows: SamplingRows, keys: Array) -> Int[Array, " B"]:
-    """Draw one token per row by the Gumbel-max rule from the kept tokens; greedy rows take the argmax."""
+    """Draw one token per row by the Gumbel-max rule from the kept tokens; greedy rows take the likeliest."""
     greedy = rows.temperature <= 0
     scaled = (logits - jnp.max(logits, axis=0)) / jnp.where(greedy, 1.0, rows.temperature)
     kept = keep_mask(jax.nn.softmax(scaled, axis=0), rows)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[:1]), out_axes=1)(keys)
     noisy = jnp.where(kept, scaled + noise, -jnp.inf)
-    return argmax(jnp.where(greedy, logits, noisy))
+    return Best.of(jnp.where(greedy, logits, noisy)).token
 
 
 def token_logprobs(logits: Float[Array, "V B"], tokens: Int[Array, " B"]) -> TokenLogprobs:

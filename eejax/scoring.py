@@ -15,12 +15,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from eejax import exits, sampling
+from eejax import exits
 from eejax.config import ModelConfig
 from eejax.errors import InvalidRequestError
 from eejax.exits import ExitRows, Observation
 from eejax.model import Block, EarlyExitTransformer, attend_causal, bind
 from pallas_kernels.control_flow import run_if
+from pallas_kernels.head import Best
 
 COLUMNS = 128
 """Tokens whose logits exist at a time: of a whole text they would take more memory than the model."""
@@ -167,11 +168,11 @@ def _read(
     def some(columns: tuple[Array, Array, Array | None, Array | None]) -> _Read:
         features, successors, similar, probe = columns
         logits = model.logits(layer, features.T)
-        choices = sampling.argmax(logits)
-        at = jnp.where(successors < 0, choices, successors)[None]
-        logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=0), at, axis=0)[0]
-        seen = Observation(logits=logits, similarity=similar, probe=probe)
-        return _Read(exits.confidence(rows, seen), choices, logprobs)
+        best = Best.of(logits)
+        at = jnp.where(successors < 0, best.token, successors)[None]
+        logprobs = jnp.take_along_axis(logits, at, axis=0)[0] - best.log_sum
+        seen = Observation(best=best, similarity=similar, probe=probe)
+        return _Read(exits.confidence(rows, seen), best.token, logprobs)
 
     columns = jax.tree.map(lambda a: a.reshape(-1, width, *a.shape[1:]), (features.T, successors, similar, probe))
     return jax.tree.map(lambda a: a.reshape(count), jax.lax.map(some, columns))

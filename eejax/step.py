@@ -2,9 +2,10 @@
 
 A row stands at a segment. After the segment the exit's test is put to it; if it passes, it is resolved: its hidden
 state stays as it is, and what the blocks above write for it is their own K and V of that frozen state (`kv_fill`). If
-not, it stands at the next segment. A segment runs for the rows that stand at it, gathered into the smallest bucket that
-holds them (compaction), and for nobody if there are none. Rows may also be held where they stand until more have
-gathered, while resolved ones go on to their next token (rebatching); when nobody is held, a pass is a decode step.
+not, it stands at the next segment. A segment runs for the rows that stand at it, and for nobody if there are none:
+every array has a place for each row, and kernels leave out the places of rows that do not run (compaction). Rows may
+also be held where they stand until more have gathered, while resolved ones go on to their next token (rebatching); when
+nobody is held, a pass is a decode step.
 
 A block that an exit owns gets its K and V of every token as well, and runs where it is asked. `tests/reference.py` says
 the same without cache or batch. Every function here is pure.
@@ -23,7 +24,6 @@ from eejax.decode_state import DecodeState, Plan, Rows, Step
 from eejax.kv_cache import PagedKVCache, write
 from eejax.kv_fill import Tokens
 from eejax.model import Block, EarlyExitTransformer
-from eejax.row_subset import RowSubset, each_bucket
 from pallas_kernels import paged_attention
 from pallas_kernels.control_flow import run_if
 
@@ -62,40 +62,18 @@ def run_pass(
     hurry = last | ~jnp.any(begins)
     for index in range(done):
         here = step.segment == index
-        count = jnp.sum(here)
-        goes = count > 0
+        goes = jnp.any(here)
         if index and plan.asks.exits != "none":
-            goes &= hurry | (count >= hold) | jnp.any(here & (step.held >= hold))
-        for size, fits in each_bucket(plan.buckets, count):
-            step = _run_in_bucket(model, plan, rows, state, step, index, size, goes & fits)
+            goes &= hurry | (jnp.sum(here) >= hold) | jnp.any(here & (step.held >= hold))
+
+        def run(step: Step, index: int = index, here: Array = here) -> Step:
+            return _run_segment(model, plan, rows, state, step, index, here)
+
+        step = run(step) if plan.straight else run_if(goes, run, step)
     resolved = state.live & (step.segment == done)
     if plan.asks.exits != "none":
         step = _settle(model, rows, state, step, resolved)
-    return score(model, plan, step, resolved), resolved
-
-
-def _run_in_bucket(
-    model: EarlyExitTransformer,
-    plan: Plan,
-    rows: Rows,
-    state: DecodeState,
-    step: Step,
-    index: int,
-    size: int,
-    chosen: Bool[Array, ""],
-) -> Step:
-    """One segment in one bucket, if `chosen`; with the states that wait for it, if there are any."""
-
-    def run(step: Step, with_waiting: bool) -> Step:
-        return _run_segment(model, plan, rows, state, step, index, size, with_waiting)
-
-    if plan.straight:
-        return run(step, False)
-    if step.waiting is None or index == 0:
-        return run_if(chosen, lambda step: run(step, False), step)
-    waits = jnp.any((step.waiting.filled == index) & (step.segment == index))
-    step = run_if(chosen & waits, lambda step: run(step, True), step)
-    return run_if(chosen & ~waits, lambda step: run(step, False), step)
+    return score(model, plan, rows, step, resolved), resolved
 
 
 def _run_segment(
@@ -105,63 +83,55 @@ def _run_segment(
     state: DecodeState,
     step: Step,
     index: int,
-    size: int,
-    with_waiting: bool,
+    here: Bool[Array, " B"],
 ) -> Step:
-    """One segment for the rows that stand at it, at most `size` of them, and the exit test behind it."""
+    """One segment for the rows that stand at it, `here`, and the exit test behind it."""
     config, blocks = model.config, model.config.segments[index]
-    here = step.segment == index
-    subset = RowSubset.of(here, size)
-    page_table, positions = subset.take_table(rows.page_table), subset.take(state.positions)
-    runs = subset.take(here)
-
+    waiting = step.waiting
     # Eager: K and V that are due of resolved rows are projected beside those of the rows that run.
-    due = here if step.waiting is not None else state.live & (step.filled == index)
-    if step.waiting is None:
-        beside = Tokens(
-            x=subset.others(step.x),
-            positions=subset.others(state.positions),
-            page_table=subset.other_tables(rows.page_table),
-            valid=subset.others(due),
-        )
-    elif with_waiting:
-        beside = kv_fill.waiting_for(jax.tree.map(subset.take, step.waiting), index, page_table, runs)
-        filled = jnp.where((step.waiting.filled == index) & here, index + 1, step.waiting.filled)
-        step = replace(step, waiting=replace(step.waiting, filled=filled))
-    else:
-        beside = Tokens.none(model, rows.page_table)
-    x = subset.take(step.x)
-    written = Tokens(x, positions, page_table, subset.take(due)).followed_by(beside)
+    due = here if waiting is not None else state.live & (step.filled == index)
+    written = Tokens(step.x, state.positions, rows.page_table, due)
+    beside = None
+    if waiting is not None and index:
+        others = kv_fill.waiting_for(waiting, index, rows.page_table, here)
+        written, beside = written.followed_by(others), others.x
+        filled = jnp.where((waiting.filled == index) & here, index + 1, waiting.filled)
+        waiting = replace(waiting, filled=filled)
     slots = written.slots(step.cache)
+    active = (here, written.valid) if plan.compacts else None
 
     freq, cache = model.frequencies(), step.cache
-    before = middle = x
+    before = middle = x = step.x
     for layer in blocks:
 
         def attend(q: Array, k: Array, v: Array, cache: PagedKVCache, layer: int = layer) -> tuple[Array, PagedKVCache]:
             cache = write(cache, layer, slots, k, v)
-            return _attention(model, layer, q, cache, page_table, positions, runs), cache
+            return _attention(model, layer, q, cache, rows.page_table, state.positions, here), cache
 
         before = x
-        out, middle, cache = model.blocks[layer](x, written.positions, freq, attend, cache, beside.x)
-        # A frozen row's K and V came out of the projection above; the rest of what it computed is dropped.
-        x = jnp.where(runs, out, x)
-    behind = replace(written, x=jnp.concatenate([x, beside.x], axis=1))
-    cache = kv_fill.fill(model, model.exit_blocks(blocks.stop), behind, cache)
+        x, middle, cache = model.blocks[layer](x, written.positions, freq, attend, cache, beside, active)
+        if not plan.compacts:
+            # A frozen row's K and V came out of the projection above; the rest of what it computed is dropped.
+            x = jnp.where(here, x, before)
+    if own := model.exit_blocks(blocks.stop):
+        states = x if beside is None else jnp.concatenate([x, beside], axis=1)
+        with jax.named_scope("fill"):
+            cache = kv_fill.fill(model, own, replace(written, x=states), cache)
     step = replace(
         step,
         cache=cache,
-        x=subset.put(step.x, x, runs),
+        x=x,
         segment=jnp.where(here, index + 1, step.segment),
         filled=jnp.where(due, index + 1, step.filled),
         held=jnp.where(here, 0, step.held),
-    ).counting(blocks=len(blocks), row_blocks=len(blocks) * size)
+        waiting=waiting,
+    ).counting(blocks=len(blocks), row_blocks=len(blocks) * plan.count(here))
     if blocks.stop == config.n_layers:
         features = model.features(blocks.stop, x, middle)
-        return replace(step, features=subset.put(step.features, features, runs))
+        return replace(step, features=jnp.where(here, features, step.features))
     if plan.asks.exits == "none":
         return step
-    return _test_exit(model, plan, rows, state, step, index, subset, runs, before, x, middle)
+    return _test_exit(model, plan, rows, state, step, index, here, before, middle)
 
 
 def _test_exit(
@@ -171,67 +141,73 @@ def _test_exit(
     state: DecodeState,
     step: Step,
     index: int,
-    subset: RowSubset,
-    runs: Bool[Array, " b"],
-    before: Float[Array, "D b"],
-    x: Float[Array, "D b"],
-    middle: Float[Array, "D b"],
+    runs: Bool[Array, " B"],
+    before: Float[Array, "D B"],
+    middle: Float[Array, "D B"],
 ) -> Step:
     """Put exit `index`'s test to the rows that ran and ask for it, and resolve those that pass.
 
     Args:
-        before, x, middle: the exit's block: what entered it, what it put out, and its residual between the two halves.
+        before, middle: what entered the exit's block, which put out `step.x`, and its residual between the two halves.
     """
-    config = model.config
+    config, x = model.config, step.x
     layer, done = config.exits.layers[index], len(config.segments)
-    some, positions = rows.exits.take(subset), subset.take(state.positions)
-    asks = exits.may_leave(some, index) & runs
-    limits = exits.thresholds_at(some, index, subset.take(state.generated))
+    asks = exits.may_leave(rows.exits, index) & runs
+    limits = exits.thresholds_at(rows.exits, index, state.generated)
 
-    def run_block(block: Block, x: Array) -> Array:
-        (own,) = model.exit_blocks(layer)
-        page_table = subset.take_table(rows.page_table)
+    def features_of(asking: Array) -> Array:
+        def run_block(block: Block, x: Array) -> Array:
+            (own,) = model.exit_blocks(layer)
 
-        def attend(q: Array, _k: Array, _v: Array, cache: PagedKVCache) -> tuple[Array, PagedKVCache]:
-            # K and V have been written, for rows that do not ask as well; XLA leaves their second projection out.
-            return _attention(model, own, q, cache, page_table, positions, asks), cache
+            def attend(q: Array, _k: Array, _v: Array, cache: PagedKVCache) -> tuple[Array, PagedKVCache]:
+                # K and V have been written, for rows that do not ask as well: nobody is to write them again.
+                return _attention(model, own, q, cache, rows.page_table, state.positions, asking), cache
 
-        return block(x, positions, model.frequencies(), attend, step.cache)[0]
+            active = (asking, jnp.zeros_like(asking)) if plan.compacts else None
+            return block(x, state.positions, model.frequencies(), attend, step.cache, active=active)[0]
 
-    def leave(step: Step, features: Array, seen: exits.Observation) -> tuple[Step, Array]:
-        leaving = asks & (exits.confidence(some, seen) >= limits)
+        return model.features(layer, x, middle, run_block, plan.computed(asking))
+
+    def leave(step: Step, features: Array, leaving: Array) -> Step:
         return replace(
             step,
-            features=subset.put(step.features, features, leaving),
-            exit_at=subset.put(step.exit_at, jnp.full_like(positions, layer), leaving),
-            segment=subset.put(step.segment, jnp.full_like(positions, done), leaving),
-        ), leaving
+            features=jnp.where(leaving, features, step.features),
+            exit_at=jnp.where(leaving, layer, step.exit_at),
+            segment=jnp.where(leaving, done, step.segment),
+        )
 
-    def with_head(step: Step) -> Step:
-        features = model.features(layer, x, middle, run_block)
-        logits = model.logits(layer, features)
-        step, leaving = leave(step, features, exits.Observation(logits=logits))
+    def with_head(step: Step, asking: Array) -> Step:
+        features = features_of(asking)
+        with jax.named_scope("heads"):
+            best, logits = model.best(
+                layer,
+                features,
+                active=plan.computed(asking),
+                logits=step.logits,
+                wanted=asking & rows.sampling.needs_logits,
+            )
+        leaving = asking & (exits.confidence(rows.exits, exits.Observation(best=best)) >= limits)
         # Whoever leaves here is scored by these very logits: no second projection.
-        return replace(
-            step,
-            logits=subset.put(step.logits, logits, leaving),
-            scored=subset.put(step.scored, leaving, leaving),
-        ).counting(heads=1, row_heads=subset.size)
+        best = jax.tree.map(lambda new, old: jnp.where(leaving, new, old), best, step.best)
+        step = replace(leave(step, features, leaving), best=best, logits=logits, scored=step.scored | leaving)
+        return step.counting(heads=1, row_heads=plan.count(asking))
 
-    def without_head(step: Step) -> Step:
-        features = model.features(layer, x, middle, run_block)
+    def without_head(step: Step, asking: Array) -> Step:
+        features = features_of(asking)
         seen = exits.Observation(
             similarity=exits.similarity(before, x),
             probe=model.probe_logit(layer, features) if config.exits.probes else None,
-            uniform=exits.uniform_draw(some, subset.take(state.generated)),
+            uniform=exits.uniform_draw(rows.exits, state.generated),
         )
-        return leave(step, features, seen)[0]
+        return leave(step, features, asking & (exits.confidence(rows.exits, seen) >= limits))
 
-    if plan.asks.exits == "heads":
-        return run_if(jnp.any(asks), with_head, step)
-    by_logits = exits.uses(some, exits.NEEDS_LOGITS)
-    step = run_if(jnp.any(asks & by_logits), with_head, step)
-    return run_if(jnp.any(asks & ~by_logits), without_head, step)
+    with jax.named_scope("confidence"):
+        if plan.asks.exits == "heads":
+            return run_if(jnp.any(asks), lambda step: with_head(step, asks), step)
+        by_logits = asks & exits.uses(rows.exits, exits.NEEDS_LOGITS)
+        step = run_if(jnp.any(by_logits), lambda step: with_head(step, by_logits), step)
+        others = asks & ~by_logits
+        return run_if(jnp.any(others), lambda step: without_head(step, others), step)
 
 
 def _attention(
@@ -264,7 +240,8 @@ def _settle(model: EarlyExitTransformer, rows: Rows, state: DecodeState, step: S
         full = jnp.any(jnp.all(waiting.filled < done, axis=0))
         return run_if(full, lambda step: _flush(model, rows, step), step)
     tokens = Tokens(step.x, state.positions, rows.page_table, resolved)
-    cache, fills = kv_fill.fill_segments(model, tokens, lacks, step.cache)
+    with jax.named_scope("fill"):
+        cache, fills = kv_fill.fill_segments(model, tokens, lacks, step.cache)
     return replace(step, cache=cache, filled=jnp.where(resolved, done, step.filled)).counting(fills=fills)
 
 
@@ -279,28 +256,33 @@ def finish(model: EarlyExitTransformer, rows: Rows, state: DecodeState, step: St
 def _flush(model: EarlyExitTransformer, rows: Rows, step: Step) -> Step:
     """Write all K and V that wait."""
     assert step.waiting is not None
-    waiting, cache, fills = kv_fill.flush(model, step.waiting, rows.page_table, step.cache)
+    with jax.named_scope("fill"):
+        waiting, cache, fills = kv_fill.flush(model, step.waiting, rows.page_table, step.cache)
     return replace(step, waiting=waiting, cache=cache).counting(fills=fills)
 
 
-def score(model: EarlyExitTransformer, plan: Plan, step: Step, resolved: Bool[Array, " B"]) -> Step:
-    """Logits of resolved rows that no exit test has scored, from the head of the exit where each one left."""
+def score(model: EarlyExitTransformer, plan: Plan, rows: Rows, step: Step, resolved: Bool[Array, " B"]) -> Step:
+    """See to the logits of resolved rows that no exit test has scored: by the head of the exit where each one left."""
     config = model.config
     # Rows that exit by a head's logits have been scored at that exit.
     one_head = config.exits.tie_output or plan.asks.exits != "any"
     for layer in (config.n_layers,) if one_head else config.exit_points:
         todo = resolved & ~step.scored
         todo = todo if one_head else todo & (step.exit_at == layer)
-        for size, fits in each_bucket(plan.buckets, jnp.sum(todo)):
 
-            def project(step: Step, layer: int = layer, todo: Array = todo, size: int = size) -> Step:
-                subset = RowSubset.of(todo, size)
-                features = subset.take(step.features)
-                if size == len(todo):  # all rows: no logits but these are written
-                    logits = model.logits_into(step.logits, todo, layer, features)
-                else:
-                    logits = subset.put(step.logits, model.logits(layer, features), subset.take(todo))
-                return replace(step, logits=logits, scored=step.scored | todo).counting(heads=1, row_heads=size)
+        def project(step: Step, layer: int = layer, todo: Array = todo) -> Step:
+            best, logits = model.best(
+                layer,
+                step.features,
+                active=plan.computed(todo),
+                logits=step.logits,
+                wanted=todo & rows.sampling.needs_logits,
+                confidence=False,
+            )
+            best = jax.tree.map(lambda new, old: jnp.where(todo, new, old), best, step.best)
+            step = replace(step, best=best, logits=logits, scored=step.scored | todo)
+            return step.counting(heads=1, row_heads=plan.count(todo))
 
-            step = project(step) if plan.straight else run_if(fits, project, step)
+        with jax.named_scope("heads"):
+            step = project(step) if plan.straight else run_if(jnp.any(todo), project, step)
     return step

@@ -1,8 +1,8 @@
 """What a decode step costs, learnt from the steps that were run, and when it pays to run rows apart. No jax here.
 
-The device computes a step for a power of two of rows, visits as many pages for each row as the longest one has, and
-runs blocks until the last row is resolved: with all rows, or, where it compacts, with those that are left. So a long
-row makes every other row's token dearer, and a deep one reads the weights of blocks that others need not.
+The device visits as many pages for each row as the longest one has, and runs blocks until the last row is resolved:
+with a power of two of rows, or, where it compacts, with those that are left. So a long row makes every other row's
+token dearer, and a deep one reads the weights of blocks that others need not.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from eejax.buckets import bucket_of, segment_bucket
+from eejax.buckets import bucket_of
 
 FORGET = 0.995
 """Weight of the past against each new observation: machines and loads change."""
@@ -62,15 +62,13 @@ class Rows:
         return total
 
     def row_depth(self, compacts: bool) -> float:
-        """Expected rows computed, padding included, mean over all blocks."""
-        bucket = bucket_of(self.count)
+        """Expected rows computed, mean over all blocks; without compaction padding is computed, too."""
         if not compacts:
-            return bucket * self.expected_depth
+            return bucket_of(self.count) * self.expected_depth
         total, above, resolved, left = 0.0, 0.0, 0.0, 0.0
         for i, depth in enumerate(self.depths):
-            if (entered := 1.0 - resolved) > 0:  # rows that go on, where some do
-                width = segment_bucket(bucket, True, min(self.count, math.ceil((self.count - left) / entered - 1e-9)))
-                total += (depth - above) * entered * width
+            if resolved < 1.0:  # somebody may go on
+                total += (depth - above) * (self.count - left)
             above, resolved, left = depth, self.resolved[i], self.rows_left[i]
         return total
 

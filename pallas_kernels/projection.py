@@ -62,16 +62,6 @@ def project(weight: Float[Array, "o i"], x: Float[Array, "i *N"]) -> Float[Array
     return _product(weight, x.astype(weight.dtype))
 
 
-def project_into(
-    old: Float[Array, "o N"], only: Bool[Array, " N"], weight: Float[Array, "o i"], x: Float[Array, "i N"]
-) -> Float[Array, "o N"]:
-    """`old` with `project(weight, x)` in those columns `only`. For inference: it has no derivative."""
-    low = x.astype(weight.dtype)
-    if resolve("auto", {"native": lambda: native.linear_refusal(weight, low, old)}) == "native":
-        return native.linear_into(old, only, weight, low)
-    return jnp.where(only, dot(weight, low), old)
-
-
 def _project_forward(weight: Array, x: Array) -> tuple[Array, tuple[Array, Array, Array]]:
     low = x.astype(weight.dtype)
     return _product(weight, low), (weight, low, jnp.zeros((0,), x.dtype))
@@ -103,23 +93,48 @@ def linear(
     x: Float[Array, "i *N"],
     norm: Norm | None = None,
     residual: Float[Array, "o *N"] | None = None,
+    active: Bool[Array, " N"] | None = None,
 ) -> Float[Array, "o *N"]:
-    """`residual + weight @ norm(x)` in `x`'s dtype; the product in the weight's dtype, summed in float32."""
-    return _linear(norm and norm.eps, False, weight, x, norm and norm.weight, residual)
+    """`residual + weight @ norm(x)` in `x`'s dtype; the product in the weight's dtype, summed in float32.
+
+    Args:
+        active: columns that are computed, all when None; one token axis then, and no derivative. The others are the
+            residual's, or anything without one: a kernel leaves them out.
+    """
+    return _product_of(False, weight, x, norm, residual, active)
 
 
 def gated_linear(
-    weight: Float[Array, "2*o i"], x: Float[Array, "i *N"], norm: Norm | None = None
+    weight: Float[Array, "2*o i"],
+    x: Float[Array, "i *N"],
+    norm: Norm | None = None,
+    active: Bool[Array, " N"] | None = None,
 ) -> Float[Array, "o *N"]:
-    """SwiGLU before its second matrix (arXiv 2002.05202): `silu(upper @ norm(x)) * (lower @ norm(x))`."""
-    return _linear(norm and norm.eps, True, weight, x, norm and norm.weight, None)
+    """SwiGLU before its second matrix (arXiv 2002.05202): `silu(upper @ norm(x)) * (lower @ norm(x))`.
+
+    Args:
+        active: as in `linear`.
+    """
+    return _product_of(True, weight, x, norm, None, active)
 
 
 def linear_pair(
-    first: Float[Array, "o i"], second: Float[Array, "p i"], x: Float[Array, "i *N"], norm: Norm
+    first: Float[Array, "o i"],
+    second: Float[Array, "p i"],
+    x: Float[Array, "i *N"],
+    norm: Norm,
+    active: tuple[Bool[Array, " N"], Bool[Array, " N"]] | None = None,
 ) -> tuple[Float[Array, "o *N"], Float[Array, "p *N"]]:
-    """`linear` of two weights and the same `x`, which is read and normed once where a kernel does it."""
-    return _linear_pair(norm.eps, first, second, x, norm.weight)
+    """`linear` of two weights and the same `x`, which is read and normed once where a kernel does it.
+
+    Args:
+        active: for each of the products, as in `linear`.
+    """
+    if active is None:
+        return _linear_pair(norm.eps, first, second, x, norm.weight)
+    if resolve("auto", {"native": lambda: native.linear_refusal(first, second, x, norm.weight)}) == "native":
+        return native.linear_pair(first, second, x, norm.weight, norm.eps, active)
+    return _linear_pair_by_parts(norm.eps, first, second, x, norm.weight)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -147,6 +162,18 @@ def _linear_pair_backward(_eps: float, back: Callable, dy: tuple[Array, Array]) 
 
 
 _linear_pair.defvjp(_linear_pair_forward, _linear_pair_backward)
+
+
+def _product_of(
+    gated: bool, weight: Array, x: Array, norm: Norm | None, residual: Array | None, active: Array | None
+) -> Array:
+    eps, scale = (None, None) if norm is None else (norm.eps, norm.weight)
+    if active is None:
+        return _linear(eps, gated, weight, x, scale, residual)
+    if resolve("auto", {"native": lambda: native.linear_refusal(weight, x, scale, residual)}) == "native":
+        return native.linear(weight, x, scale, eps or 0.0, residual, gated, active)
+    y = _linear_by_parts(eps, gated, weight, x, scale, residual)
+    return y if residual is None else jnp.where(active, y, residual)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -203,10 +230,18 @@ def rope(x: Float[Array, "heads C *N"], positions: Int[Array, "*N"], freq: Float
 
 
 def keys_values(
-    projection: KVProjection, x: Float[Array, "D *N"], positions: Int[Array, "*N"], freq: Float[Array, " C/2"]
+    projection: KVProjection,
+    x: Float[Array, "D *N"],
+    positions: Int[Array, "*N"],
+    freq: Float[Array, " C/2"],
+    active: Bool[Array, " N"] | None = None,
 ) -> tuple[Float[Array, "K C *N"], Float[Array, "K C *N"]]:
-    """K and V of hidden states, all that KV fill-in needs (CALM, arXiv 2207.07061, sec. 3.1)."""
-    kv = linear(projection.wkv, x, Norm(projection.norm, projection.eps))
+    """K and V of hidden states, all that KV fill-in needs (CALM, arXiv 2207.07061, sec. 3.1).
+
+    Args:
+        active: as in `linear`.
+    """
+    kv = linear(projection.wkv, x, Norm(projection.norm, projection.eps), active=active)
     return finish_keys_values(projection, kv, positions, freq)
 
 

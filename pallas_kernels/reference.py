@@ -152,7 +152,7 @@ def kv_fill(
         ) -> tuple[Array, Array]:
             where = slots.only(lacks, k_pages.shape[1])
             for block, layer in zip(blocks[run], layers[run], strict=True):
-                k, v = keys_values(block, x, positions, freq)
+                k, v = keys_values(block, x, positions, freq, lacks)
                 pages = write(pages[0], layer, where, k), write(pages[1], layer, where, v)
             return pages
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import jax
 
 HERE = Path(__file__).parent
-SOURCES = ("threads.c", "linear.c", "tiles.c", "attention.c", "write.c", "argmax.c")
-HEADERS = ("kernels.h", "product.h")
-TARGETS = ("eejax_linear", "eejax_paged_attention", "eejax_write", "eejax_argmax")
+SOURCES = ("threads.c", "linear.c", "tiles.c", "head.c", "attention.c", "write.c")
+HEADERS = ("kernels.h", "columns.h", "product.h")
+TARGETS = ("eejax_linear", "eejax_head", "eejax_paged_attention", "eejax_write")
 COMPILERS = ("cc", "gcc", "clang")
 TIME_LIMIT = 300.0
 """Seconds that the compiler may take."""

@@ -4,10 +4,13 @@ RMS norm of x's columns, SwiGLU's gate, a residual to add. The weight is read on
 Few columns: inner products along K, several rows of the weight against all columns at once (x is turned round first).
 More: panels of columns as wide as two vectors, every weight broadcast to them; panels are copied one behind another
 where x has more columns than one panel. Both keep a tile of results in registers through the whole of K. Many columns go
-to tiles.c where the processor has AMX. */
+to tiles.c where the processor has AMX.
+
+Where only some columns are computed, these are copied as if there were no others, and their results go to their places. */
 
 #include <math.h>
 
+#include "columns.h"
 #include "product.h"
 
 /* Columns up to which inner products are used: a panel would be mostly empty. */
@@ -31,8 +34,15 @@ INLINE int64_t stride_of(const Product* p) { return p->depth + VL; }
 
 /* x is used as it lies if it is one column or one whole panel, and has no norm. */
 INLINE int copies(const Product* p) {
-  if (p->norm) return 1;
+  if (p->norm || p->list) return 1;
   return p->columns <= NARROW ? p->columns != 1 : p->columns != VL && p->columns != PANEL;
+}
+
+/* From row `o` on. */
+INLINE Out below(Out out, int64_t o) {
+  out.to += o * out.stride;
+  if (out.add) out.add += o * out.stride;
+  return out;
 }
 
 /* --- few columns --- */
@@ -41,9 +51,7 @@ INLINE int copies(const Product* p) {
 INLINE void inner_products(
     const float* weight,
     const float* x,
-    const float* residual,
-    const int32_t* only,
-    float* out,
+    Out out,
     int64_t depth,
     int64_t stride,
     int m,
@@ -74,8 +82,8 @@ INLINE void inner_products(
     for (int c = 0; c < n; c++) {
       float sum = sum_of(sums[r * n + c]);
       for (int64_t rest = k; rest < depth; rest++) sum += weight[r * depth + rest] * x[c * stride + rest];
-      if (only && !only[c]) continue;
-      out[r * n + c] = residual ? residual[r * n + c] + sum : sum;
+      int64_t at = r * out.stride + (out.list ? out.list[c] : c);
+      out.to[at] = out.add ? out.add[at] + sum : sum;
     }
 }
 
@@ -87,7 +95,7 @@ INLINE void turn(const Product* p, int n) {
   for (int64_t k = 0; k < depth; k++)
 #pragma GCC unroll 8
     for (int c = 0; c < n; c++) {
-      float value = p->x[k * n + c];
+      float value = p->x[k * p->width + (p->list ? p->list[c] : c)];
       sums[k % 4][c] += value * value;
       p->scratch[c * stride + k] = value;
     }
@@ -105,11 +113,10 @@ typedef void Turn(const Product* p);
 
 #define NARROW_TILES(m, n)                                                                                   \
   for (; o + m <= rows; o += m)                                                                              \
-    inner_products(weight + o * depth, x, residual ? residual + o * n : NULL, p->only, out + o * n, depth, stride, m, n);
+    inner_products(weight + o * depth, x, below(out, o), depth, stride, m, n);
 #define NARROW_ROWS(n, m)                                                                       \
   static void turn_##n(const Product* p) { turn(p, n); }                                        \
-  static void narrow_##n(                                                                       \
-      const Product* p, const float* weight, const float* residual, float* out, int64_t rows) { \
+  static void narrow_##n(const Product* p, const float* weight, Out out, int64_t rows) {        \
     const float* x = copies(p) ? p->scratch : p->x;                                             \
     int64_t o = 0, depth = p->depth, stride = stride_of(p);                                     \
     NARROW_TILES(m, n)                                                                          \
@@ -140,16 +147,14 @@ static Rows* const narrow_rows[] = {
 
 /* --- panels --- */
 
-/* `m` rows of the weight by a panel of `n` vectors, of which `width` columns exist; rows of out are `columns` apart.
-`fetch`: the weight is not in the cache yet. */
+/* `m` rows of the weight by a panel of `n` vectors, of which `width` columns exist; `places` are theirs in `out`, where it
+has a list. `fetch`: the weight is not in the cache yet. */
 INLINE void broadcast_products(
     const float* weight,
     const float* x,
-    const float* residual,
-    const int32_t* only,
-    float* out,
+    Out out,
+    const Columns* places,
     int64_t depth,
-    int64_t columns,
     int64_t width,
     int m,
     int n,
@@ -194,47 +199,55 @@ INLINE void broadcast_products(
     for (int r = 0; r < m; r++)
 #pragma GCC unroll 2
       for (int c = 0; c < n; c++) sums[r * n + c] += splat(weight[r * depth + k]) * load(x + k * stride + c * VL);
-  int is_whole = width == n * VL;
+  int is_whole = width == n * VL && !out.list;
 #pragma GCC unroll 32
   for (int r = 0; r < m; r++) {
     float line[PANEL];
-    float* to = is_whole ? out + r * columns : line;
-    const float* other = residual ? residual : out; /* What is added, or else kept. */
-    if ((residual || only) && !is_whole) memcpy(line, other + r * columns, width * sizeof(float));
-    const float* add = is_whole ? other + r * columns : line;
+    float* to = is_whole ? out.to + r * out.stride : line;
+    const float* add = out.add ? out.add + r * out.stride : NULL;
+    if (is_whole && add)
 #pragma GCC unroll 2
-    for (int c = 0; c < n; c++) {
-      vec sum = sums[r * n + c];
-      if (residual) sum += load(add + c * VL);
-      if (only) sum = pick(*(const ivec*)(only + c * VL) != 0, sum, load(add + c * VL));
-      store(to + c * VL, sum);
+      for (int c = 0; c < n; c++) sums[r * n + c] += load(add + c * VL);
+#pragma GCC unroll 2
+    for (int c = 0; c < n; c++) store(to + c * VL, sums[r * n + c]);
+    if (is_whole) continue;
+    if (out.list) {
+      scatter_columns(out.to + r * out.stride, add, line, places);
+    } else {
+      for (int64_t c = 0; add && c < width; c++) line[c] += add[c];
+      memcpy(out.to + r * out.stride, line, width * sizeof(float));
     }
-    if (!is_whole) memcpy(out + r * columns, line, width * sizeof(float));
   }
 }
 
-#define PANEL_TILES(m, n, fetch)                                                                              \
-  for (; o + m <= rows; o += m)                                                                               \
-    broadcast_products(weight + o * depth, x, residual ? residual + o * columns : NULL, only,                 \
-                       out + o * columns, depth, columns, width, m, n, fetch);
-#define PANEL_ROWS(name, tall, n, fetch)                                                                      \
-  static void name(const Product* p, const float* weight, const float* x, const float* residual, const int32_t* only, \
-                   float* out, int64_t rows, int64_t width) {                                                 \
-    int64_t o = 0, depth = p->depth, columns = p->columns;                                                    \
-    PANEL_TILES(tall, n, fetch)                                                                               \
-    PANEL_TILES(4, n, fetch)                                                                                  \
-    PANEL_TILES(1, n, fetch)                                                                                  \
+#define PANEL_TILES(m, n, fetch) \
+  for (; o + m <= rows; o += m)  \
+    broadcast_products(weight + o * depth, x, below(out, o), &places, depth, width, m, n, fetch);
+#define PANEL_ROWS(name, tall, n, fetch)                                                                     \
+  static void name(const Product* p, const float* weight, const float* x, Out out, int64_t rows, int64_t width) { \
+    int64_t o = 0, depth = p->depth;                                                                         \
+    Columns places = {.count = 0};                                                                           \
+    if (out.list) find_columns(&places, out.list, width);                                                    \
+    PANEL_TILES(tall, n, fetch)                                                                              \
+    PANEL_TILES(4, n, fetch)                                                                                 \
+    PANEL_TILES(1, n, fetch)                                                                                 \
   }
 PANEL_ROWS(slim_panel, TALLER, 1, 1)
 PANEL_ROWS(wide_panel, TALL, 2, 1)
 PANEL_ROWS(next_panel, TALL, 2, 0)
 
-static void panel_rows(const Product* p, const float* weight, const float* residual, float* out, int64_t rows) {
+static void panel_rows(const Product* p, const float* weight, Out out, int64_t rows) {
   for (int64_t from = 0; from < p->columns; from += PANEL) {
     int64_t width = MIN(p->columns - from, PANEL);
     const float* x = copies(p) ? p->scratch + from * p->depth : p->x;
-    (width <= VL ? slim_panel : from ? next_panel : wide_panel)(
-        p, weight, x, residual ? residual + from : NULL, p->only ? p->only + from : NULL, out + from, rows, width);
+    Out panel = out;
+    if (out.list) {
+      panel.list += from;
+    } else {
+      panel.to += from;
+      if (out.add) panel.add += from;
+    }
+    (width <= VL ? slim_panel : from ? next_panel : wide_panel)(p, weight, x, panel, rows, width);
   }
 }
 
@@ -257,8 +270,12 @@ static void copy_panels(int64_t item, void* argument) {
   int64_t whole = (end - begin) / PANEL, left = (end - begin) % PANEL;
   float *to = p->scratch + begin * depth, *rest = to + whole * PANEL * depth;
   vec sums[GROUP * 2] = {{0}};
+  float line[(GROUP + 1) * PANEL];
+  Columns places = {.count = 0};
+  if (p->list) find_columns(&places, p->list + begin, end - begin);
   for (int64_t k = 0; k < depth; k++) {
-    const float* x = p->x + k * p->columns + begin;
+    const float* x = p->x + k * p->width + begin;
+    if (p->list) gather_columns(line, p->x + k * p->width, &places), x = line;
     for (int64_t i = 0; i < whole; i++) copy_line(to + (i * depth + k) * PANEL, x + i * PANEL, PANEL, 2, sums + i * 2);
     if (left > VL) copy_line(rest + k * PANEL, x + whole * PANEL, left, 2, sums + whole * 2);
     else if (left) copy_line(rest + k * VL, x + whole * PANEL, left, 1, sums + whole * 2);
@@ -277,77 +294,125 @@ static void copy_panels(int64_t item, void* argument) {
 
 /* --- work --- */
 
-INLINE int is_tiled(const Product* p) { return p->columns >= FEWEST_TILED && tiles_usable(); }
+INLINE int is_tiled(const Product* p) { return p->columns >= FEWEST_TILED && !p->list && tiles_usable(); }
+
+void product_rows(const Product* p, const float* weight, Out out, int64_t rows) {
+  Rows* run = p->columns <= NARROW ? narrow_rows[p->columns - 1] : is_tiled(p) ? tile_rows : panel_rows;
+  run(p, weight, out, rows);
+}
+
+void choose_columns(Product* p, const XLA_FFI_Buffer* active, int32_t* list) {
+  const int32_t* flags = active->data;
+  p->columns = p->width;
+  if (!active->dims[0]) return;
+  p->columns = 0;
+  for (int64_t c = 0; c < p->width; c++)
+    if (flags[c]) list[p->columns++] = (int32_t)c;
+  p->list = p->columns < p->width ? list : NULL;
+}
+
+/* x to the scratch, in the form in which it is multiplied. */
+static void copy(const XLA_FFI_CallFrame* call, Product* p) {
+  if (!p->columns) return;
+  if (is_tiled(p))
+    tile_columns(call, p);
+  else if (copies(p) && p->columns <= NARROW)
+    turns[p->columns - 1](p);
+  else if (copies(p))
+    parallel_for(call, (p->columns + GROUP * PANEL - 1) / (GROUP * PANEL), copy_panels, p);
+}
+
+static void divide(const XLA_FFI_CallFrame* call, Product* p) {
+  p->items = 0;
+  if (!p->columns || !p->rows) return;
+  int narrow = p->columns <= NARROW, tiled = is_tiled(p);
+  /* Several items a thread, so that one who is held up leaves its share to others; but no tiny ones. */
+  int64_t row_bytes = MAX(p->depth, 1) * (int64_t)sizeof(float) * (p->gates ? 2 : 1);
+  int64_t tile = narrow ? 24 : tiled ? TILED_ROWS : p->columns <= VL ? TALLER : TALL * 2;
+  int64_t most = (tiled ? TILED_ITEM_BYTES : ITEM_BYTES) / row_bytes, least = (narrow ? 32 : 16) * 1024 / row_bytes;
+  int64_t share = p->rows / (4 * thread_count(call));
+  p->rows_of_item = (MAX(MIN(most, share), MAX(least, 1)) + tile - 1) / tile * tile;
+  p->items = (p->rows + p->rows_of_item - 1) / p->rows_of_item;
+}
+
+void prepare_product(const XLA_FFI_CallFrame* call, Product* p) {
+  copy(call, p);
+  divide(call, p);
+}
+
+INLINE int same_columns(const Product* p, const Product* q) {
+  if (p->columns != q->columns || !p->list != !q->list) return 0;
+  return !p->list || !memcmp(p->list, q->list, p->columns * sizeof(int32_t));
+}
+
+/* SwiGLU: the gate's rows lie before those that it multiplies. Both stand together until they go to their places. */
+static void gated_rows(const Product* p, int64_t begin, int64_t rows) {
+  int64_t n = p->columns, i = 0, count = rows * n;
+  float *gates = p->gates + begin * n, *values = p->list ? gates + p->rows * n : p->out + begin * n;
+  product_rows(p, p->weight + begin * p->depth, (Out){.to = gates, .stride = n}, rows);
+  product_rows(p, p->weight + (p->rows + begin) * p->depth, (Out){.to = values, .stride = n}, rows);
+  for (; i + VL <= count; i += VL) store(values + i, silu(load(gates + i)) * load(values + i));
+  for (; i < count; i++) values[i] *= silu(splat(gates[i]))[0];
+  for (int64_t from = 0; p->list && from < n; from += PANEL) {
+    Columns places;
+    find_columns(&places, p->list + from, MIN(n - from, PANEL));
+    for (int64_t r = 0; r < rows; r++)
+      scatter_columns(p->out + (begin + r) * p->width, NULL, values + r * n + from, &places);
+  }
+}
 
 static void item(int64_t number, void* argument) {
   const Product* p = argument;
-  Rows* run = p->columns <= NARROW ? narrow_rows[p->columns - 1] : is_tiled(p) ? tile_rows : panel_rows;
-  int is_second = number >= p->items;
-  int64_t begin = (is_second ? number - p->items : number) * p->rows_of_item, n = p->columns;
-  int64_t rows = MIN(p->rows_of_item, (is_second ? p->rows_of_second : p->rows) - begin);
-  if (is_second) {
-    run(p, p->second + begin * p->depth, NULL, p->out_of_second + begin * n, rows);
+  if (number >= p->items) number -= p++->items;
+  int64_t begin = number * p->rows_of_item, rows = MIN(p->rows_of_item, p->rows - begin);
+  if (p->gates) {
+    gated_rows(p, begin, rows);
     return;
   }
-  float* out = p->out + begin * n;
-  if (!p->gates) {
-    run(p, p->weight + begin * p->depth, p->residual ? p->residual + begin * n : NULL, out, rows);
-    return;
-  }
-  /* The gate's rows lie before those that it multiplies. */
-  float* gates = p->gates + begin * n;
-  run(p, p->weight + begin * p->depth, NULL, gates, rows);
-  run(p, p->weight + (p->rows + begin) * p->depth, NULL, out, rows);
-  int64_t i = 0, count = rows * n;
-  for (; i + VL <= count; i += VL) store(out + i, silu(load(gates + i)) * load(out + i));
-  for (; i < count; i++) out[i] *= silu(splat(gates[i]))[0];
+  int64_t at = begin * p->width;
+  Out out = {p->out + at, p->residual ? p->residual + at : NULL, p->width, p->list};
+  product_rows(p, p->weight + begin * p->depth, out, rows);
 }
 
-/* Operands weight, x, norm (of no elements where there is none), residual (likewise), only (likewise; then residual and
-out are one, and what is not written is kept), a second weight (of no rows where there is none); results out, that of the
-second weight, scratch; attributes eps, gated. */
+/* Operands weight, x, norm (of no elements where there is none), residual (likewise), active (of no elements where all
+columns are computed), a second weight of the same x (of no rows where there is none) and the columns active in its
+product; results out (the residual's memory, if there is one and not all columns are computed), that of the second
+weight, scratch (at its end two lists of columns); attributes eps, gated. */
 XLA_FFI_Error* eejax_linear(XLA_FFI_CallFrame* call) {
   if (is_question(call)) return NULL;
   const XLA_FFI_Buffer *weight = argument(call, 0), *x = argument(call, 1), *norm = argument(call, 2);
-  const XLA_FFI_Buffer *residual = argument(call, 3), *only = argument(call, 4), *out = result(call, 0);
-  const XLA_FFI_Buffer* second = argument(call, 5);
-  Product p = {
+  const XLA_FFI_Buffer *residual = argument(call, 3), *active = argument(call, 4), *second = argument(call, 5);
+  const XLA_FFI_Buffer *active_in_second = argument(call, 6), *out = result(call, 0), *scratch = result(call, 2);
+  Product both[2] = {{
       .weight = weight->data,
       .x = x->data,
       .norm = norm->dims[0] ? norm->data : NULL,
-      .residual = residual->dims[0] && !only->dims[0] ? residual->data : NULL,
-      .only = only->dims[0] ? only->data : NULL,
+      .residual = residual->dims[0] ? residual->data : NULL,
       .out = out->data,
-      .scratch = result(call, 2)->data,
+      .scratch = scratch->data,
       .rows = out->dims[0],
       .depth = weight->dims[1],
-      .columns = x->dims[1],
-      .second = second->data,
-      .out_of_second = result(call, 1)->data,
-      .rows_of_second = second->dims[0],
+      .width = x->dims[1],
       .eps = (float)*(const double*)attribute(call, 0),
-  };
+  }};
+  Product *p = both, *other = both + 1;
+  int32_t* lists = (int32_t*)(p->scratch + scratch->dims[0]) - 2 * p->width;
+  *other = *p;
+  other->weight = second->data, other->out = result(call, 1)->data, other->rows = second->dims[0];
   if (*(const int64_t*)attribute(call, 1)) {
-    p.gates = p.scratch;
-    p.scratch += p.rows * p.columns;
+    p->gates = p->scratch;
+    p->scratch += (active->dims[0] ? 2 : 1) * p->rows * p->width;
   }
-  int narrow = p.columns <= NARROW;
-  int tiled = is_tiled(&p);
-  if (tiled) {
-    tile_columns(call, &p);
-  } else if (copies(&p)) {
-    if (narrow)
-      turns[p.columns - 1](&p);
-    else
-      parallel_for(call, (p.columns + GROUP * PANEL - 1) / (GROUP * PANEL), copy_panels, &p);
+  choose_columns(p, active, lists);
+  prepare_product(call, p);
+  if (other->rows) {
+    choose_columns(other, active_in_second, lists + p->width);
+    if (!same_columns(p, other)) {
+      other->scratch += (scratch->dims[0] - 2 * p->width) / 2;
+      copy(call, other);
+    }
   }
-  /* Several items a thread, so that one who is held up leaves its share to others; but no tiny ones. */
-  int64_t row_bytes = MAX(p.depth, 1) * (int64_t)sizeof(float) * (p.gates ? 2 : 1);
-  int64_t tile = narrow ? 24 : tiled ? TILED_ROWS : p.columns <= VL ? TALLER : TALL * 2;
-  int64_t most = (tiled ? TILED_ITEM_BYTES : ITEM_BYTES) / row_bytes, least = (narrow ? 32 : 16) * 1024 / row_bytes;
-  int64_t share = p.rows / (4 * thread_count(call));
-  p.rows_of_item = (MAX(MIN(most, share), MAX(least, 1)) + tile - 1) / tile * tile;
-  p.items = (p.rows + p.rows_of_item - 1) / p.rows_of_item;
-  parallel_for(call, p.items + (p.rows_of_second + p.rows_of_item - 1) / p.rows_of_item, item, &p);
+  divide(call, other);
+  parallel_for(call, p->items + other->items, item, both);
   return NULL;
 }

@@ -13,6 +13,10 @@ from pallas_kernels.native import library
 
 PANEL = 32
 """Columns that scratch is rounded up to, and floats that one column of it may be longer: those of the widest panel."""
+VECTOR = 16
+"""Floats of the widest vector."""
+MAX_HEAD_COLUMNS = 1024
+"""Columns that `head` takes: tiles of logits are on the stack."""
 MAX_DIM = 256
 """Largest head dimension, as in `kernels.h`."""
 
@@ -32,18 +36,20 @@ def linear(
     eps: float = 0.0,
     residual: Float[Array, "o N"] | None = None,
     gated: bool = False,
+    active: Bool[Array, " N"] | None = None,
 ) -> Float[Array, "o N"]:
     """`residual + weight @ x`, of columns that went through an RMS norm where `norm` is its weight.
 
     Args:
         gated: the upper half of the weight's rows is SwiGLU's gate: `silu(upper @ x) * (lower @ x)`, of `o / 2` rows.
             Without `residual`.
+        active: columns that are computed, all when None. The others are the residual's, or anything without one.
     """
     depth, count = x.shape
     rows = weight.shape[0] // (2 if gated else 1)
     if not (rows and depth and count):
         return jnp.zeros((rows, count), jnp.float32) if residual is None else residual
-    return _call_linear(weight, x, norm, eps, residual=residual, gated=gated)[0]
+    return _call_linear(weight, x, norm, eps, residual=residual, gated=gated, active=active)[0]
 
 
 def linear_pair(
@@ -52,22 +58,25 @@ def linear_pair(
     x: Float[Array, "i N"],
     norm: Float[Array, " i"],
     eps: float,
+    active: tuple[Bool[Array, " N"], Bool[Array, " N"]] | None = None,
 ) -> tuple[Float[Array, "o N"], Float[Array, "p N"]]:
-    """`first @ x` and `second @ x`, of columns that go through an RMS norm once."""
+    """`first @ x` and `second @ x`, of columns that go through an RMS norm once.
+
+    Args:
+        active: columns that are computed in the first product and in the second, all when None. The others may be
+            anything.
+    """
     if not (first.size and second.size and x.size):
         return linear(first, x, norm, eps), linear(second, x, norm, eps)
-    one, other, _ = _call_linear(first, x, norm, eps, second=second)
+    mine, others = active or (None, None)
+    one, other, _ = _call_linear(first, x, norm, eps, second=second, active=mine, active_in_second=others)
     return one, other
 
 
-def linear_into(
-    old: Float[Array, "o N"], only: Bool[Array, " N"], weight: Float[Array, "o i"], x: Float[Array, "i N"]
-) -> Float[Array, "o N"]:
-    """`old` with `weight @ x` in those columns `only`. In place where XLA needs `old` no more."""
-    if not (old.size and x.size):
-        return jnp.where(only, 0.0, old)
-    columns = jnp.pad(only.astype(jnp.int32), (0, -only.shape[0] % PANEL))
-    return _call_linear(weight, x, None, 0.0, residual=old, only=columns)[0]
+def _scratch_floats(depth: int, count: int) -> int:
+    """A float of x, or three bfloat16, and a column's end, for each column."""
+    columns, column = -(-count // PANEL) * PANEL, -(-depth // PANEL) * PANEL * 3 // 2 + PANEL
+    return columns * column
 
 
 def _call_linear(
@@ -77,29 +86,75 @@ def _call_linear(
     eps: float,
     *,
     residual: Array | None = None,
-    only: Array | None = None,
     second: Array | None = None,
     gated: bool = False,
+    active: Array | None = None,
+    active_in_second: Array | None = None,
 ) -> Sequence[Array]:
     (depth, count), rows = x.shape, weight.shape[0] // (2 if gated else 1)
-    # A float of x, or three bfloat16, and a column's end; gates.
-    columns, column = -(-count // PANEL) * PANEL, -(-depth // PANEL) * PANEL * 3 // 2 + PANEL
-    scratch = columns * column + (rows * count if gated else 0)
+    # Columns of a second product, and results of a gated one, stand by themselves where not all are computed.
+    parts = 1 if active is None else 2
+    scratch = _scratch_floats(depth, count) * (parts if second is not None else 1)
+    scratch += parts * rows * count if gated else 0
     others = 0 if second is None else second.shape[0]
-    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((rows, count), (others, count), (scratch,))]
-    aliases = None if only is None else {3: 0}
-    call = jax.ffi.ffi_call("eejax_linear", shapes, input_output_aliases=aliases, vmap_method="sequential")
+    shapes = [(rows, count), (others, count), (scratch + 2 * count,)]
+    aliases = None if active is None or residual is None else {3: 0}
+    call = jax.ffi.ffi_call("eejax_linear", _floats(*shapes), input_output_aliases=aliases, vmap_method="sequential")
     none = jnp.zeros((0,), jnp.float32)
     return call(
         weight,
         x,
         none if norm is None else norm,
         none if residual is None else residual,
-        jnp.zeros((0,), jnp.int32) if only is None else only,
+        _flags(active),
         none if second is None else second,
+        _flags(active_in_second),
         eps=np.float64(eps),
         gated=np.int64(gated),
     )
+
+
+def _floats(*shapes: tuple[int, ...]) -> list[jax.ShapeDtypeStruct]:
+    return [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+
+
+def _flags(active: Array | None) -> Array:
+    return jnp.zeros((0,), jnp.int32) if active is None else active.astype(jnp.int32)
+
+
+def head_refusal(weight: Float[Array, "V D"], x: Float[Array, "D N"]) -> str | None:
+    """Why `head` does not take these; None if it does. Shapes and dtypes are enough."""
+    if x.shape[1] > MAX_HEAD_COLUMNS:
+        return f"it takes {MAX_HEAD_COLUMNS} columns, and these are {x.shape[1]}"
+    return linear_refusal(weight, x)
+
+
+def head(
+    weight: Float[Array, "V D"],
+    x: Float[Array, "D N"],
+    active: Bool[Array, " N"] | None,
+    logits: Float[Array, "V N"] | None,
+    wanted: Bool[Array, " N"] | None,
+    confidence: bool,
+) -> tuple[Array, Array, Array, Array, Array]:
+    """The largest of each column of `weight @ x`, its row, the second largest, log-sum-exp, and `logits`.
+
+    Args:
+        active: columns that are computed, all when None; the others yield zeros.
+        logits, wanted: where logits of those active columns that are `wanted` are written; in place where XLA needs the
+            old ones no more.
+        confidence: whether the second largest and log-sum-exp are asked for; they may be anything otherwise.
+    """
+    (rows, depth), count = weight.shape, x.shape[1]
+    if logits is None:
+        logits, wanted = jnp.zeros((0, count), jnp.float32), None
+    found = 4 * (rows // 16 + 1) * (-(-count // VECTOR) * VECTOR)
+    each, scratch = (count,), _scratch_floats(depth, count) + count
+    shapes = _floats(logits.shape, each, each, each, each, (found,), (scratch,))
+    shapes[2] = jax.ShapeDtypeStruct(each, jnp.int32)
+    call = jax.ffi.ffi_call("eejax_head", shapes, input_output_aliases={3: 0}, vmap_method="sequential")
+    logits, *best = call(weight, x, _flags(active), logits, _flags(wanted), confidence=np.int64(confidence))[:5]
+    return (*best, logits)
 
 
 def attention_refusal(q: Float[Array, "N H C"], k_pages: Float[Array, "L P K S C"]) -> str | None:
@@ -165,24 +220,3 @@ def write(
         return pages
     call = jax.ffi.ffi_call("eejax_write", jax.ShapeDtypeStruct(pages.shape, pages.dtype), input_output_aliases={0: 0})
     return call(pages, page_ids.astype(jnp.int32), offsets.astype(jnp.int32), values, layer=np.int64(layer))
-
-
-def argmax_refusal(x: Float[Array, "V N"]) -> str | None:
-    """Why `argmax` does not take this; None if it does. The dtype is enough."""
-    if x.dtype != jnp.float32:
-        return f"argmax is of float32, and this is {x.dtype}"
-    return library.refusal()
-
-
-def argmax(x: Float[Array, "V N"]) -> Int[Array, " N"]:
-    """The lowest row of each column's largest element; a NaN is larger than nothing."""
-    rows, columns = x.shape
-    if not x.size:
-        return jnp.zeros((columns,), jnp.int32)
-    parts = rows // 64 + 1, columns
-    shapes = (
-        jax.ShapeDtypeStruct((columns,), jnp.int32),
-        jax.ShapeDtypeStruct(parts, jnp.float32),
-        jax.ShapeDtypeStruct(parts, jnp.int32),
-    )
-    return jax.ffi.ffi_call("eejax_argmax", shapes, vmap_method="sequential")(x)[0]

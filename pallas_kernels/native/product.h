@@ -1,4 +1,4 @@
-/* A product of linear.c, as those who compute parts of it see it. */
+/* A product of linear.c, as those see it who compute parts of it, or make something of its results. */
 
 #ifndef EEJAX_PRODUCT_H_
 #define EEJAX_PRODUCT_H_
@@ -7,19 +7,31 @@
 
 typedef struct {
   const float *weight, *x, *norm, *residual;
-  /* Not zero where a column is to be written, one panel wide at least; NULL: all are. */
-  const int32_t* only;
   float *out, *gates, *scratch;
-  int64_t rows, depth, columns, rows_of_item, items;
-  /* A second weight of the same x, and its results: items behind those of the first. */
-  const float* second;
-  float* out_of_second;
-  int64_t rows_of_second;
+  /* Columns of x and out, and how many of them are computed: those that `list` names, ascending; NULL: all. */
+  int64_t width, columns;
+  const int32_t* list;
+  int64_t rows, depth, rows_of_item, items;
   float eps;
 } Product;
 
-/* `rows` of out = residual + weight @ x, all given from their first row on. */
-typedef void Rows(const Product* p, const float* weight, const float* residual, float* out, int64_t rows);
+/* Where results of a product go: to rows `stride` apart, into the columns that `list` names (NULL: into the first ones),
+with what stands at the same places of `add` added. */
+typedef struct {
+  float* to;
+  const float* add;
+  int64_t stride;
+  const int32_t* list;
+} Out;
+
+/* `rows` of weight @ x, the weight given from the first one on. */
+typedef void Rows(const Product* p, const float* weight, Out out, int64_t rows);
+
+/* Of which columns `active` (of no elements: all) is not zero; the list is written to `list`, `width` integers. */
+void choose_columns(Product* p, const XLA_FFI_Buffer* active, int32_t* list);
+/* Brings x into the form that `product_rows` reads, in the scratch, and divides the weight's rows into items. */
+void prepare_product(const XLA_FFI_CallFrame* call, Product* p);
+Rows product_rows;
 
 /* Products of many columns on AMX, where it is (tiles.c). With fewer, splitting the weight takes what multiplying saves
 (two cores, decoding: llama-125m, 16 rows 24 ms a step instead of 21, 32 rows 29 instead of 31; llama-25m, 32 rows
@@ -30,7 +42,7 @@ typedef void Rows(const Product* p, const float* weight, const float* residual, 
 /* Of weight in a work item: all of x goes by for each, and with their parts this many rows still fit the second level. */
 #define TILED_ITEM_BYTES (768 * 1024)
 int tiles_usable(void);
-/* x to scratch; `tile_rows` multiplies with what is there. */
+/* x to scratch; `tile_rows` multiplies with what is there. Both take products of all columns only. */
 void tile_columns(const XLA_FFI_CallFrame* call, const Product* p);
 Rows tile_rows;
 

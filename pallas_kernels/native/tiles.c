@@ -158,17 +158,15 @@ void tile_columns(const XLA_FFI_CallFrame* call, const Product* p) {
 
 /* --- results --- */
 
-/* Writes what tiles left in `sums`, with what is added, up to `rows` rows from column `from` on. `at`: the first. */
-INLINE void finish(
-    const Product* p, const float* sums, const float* residual, float* out, int64_t at, int64_t rows, int64_t from) {
+/* Writes what tiles left in `sums`, with what is added, up to `rows` rows from row `first` and column `from` on. */
+INLINE void finish(const Product* p, const float* sums, Out out, int64_t first, int64_t rows, int64_t from) {
   for (int64_t r = 0; r < MIN(rows, 2 * SIDE); r++)
     for (int64_t c = 0; c < 2 * SIDE; c += SIDE) {
-      int64_t to = at + r * p->columns + from + c;
+      int64_t at = (first + r) * out.stride + from + c;
       __mmask16 some = first_of(p->columns - from - c);
       __m512 sum = _mm512_load_ps(sums + r * 2 * SIDE + c);
-      if (residual) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(some, residual + to));
-      if (p->only) some &= _mm512_cmpneq_epi32_mask(_mm512_loadu_si512(p->only + from + c), _mm512_setzero_si512());
-      _mm512_mask_storeu_ps(out + to, some, sum);
+      if (out.add) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(some, out.add + at));
+      _mm512_mask_storeu_ps(out.to + at, some, sum);
     }
 }
 
@@ -209,7 +207,7 @@ static bf16* room_for(int64_t bytes) {
   return room;
 }
 
-void tile_rows(const Product* p, const float* weight, const float* residual, float* out, int64_t rows) {
+void tile_rows(const Product* p, const float* weight, Out out, int64_t rows) {
   _Alignas(64) float sums[4 * SIDE * SIDE];
   int64_t blocks = blocks_of(p), tile = blocks * BLOCK_PARTS;
   bf16* kept = room_for((rows + 2 * SIDE - 1) / (2 * SIDE) * 2 * tile * (int64_t)sizeof(bf16));
@@ -232,7 +230,7 @@ void tile_rows(const Product* p, const float* weight, const float* residual, flo
         a += BLOCK_PARTS, below += BLOCK_PARTS, b += BLOCK_PARTS, beside += BLOCK_PARTS;
       }
       STORE_RESULTS
-      finish(p, sums, residual, out, o * p->columns, rows - o, from);
+      finish(p, sums, out, o, rows - o, from);
     }
   end_tiles();
 }
@@ -241,8 +239,8 @@ void tile_rows(const Product* p, const float* weight, const float* residual, flo
 
 int tiles_usable(void) { return 0; }
 void tile_columns(const XLA_FFI_CallFrame* call, const Product* p) { (void)call, (void)p; }
-void tile_rows(const Product* p, const float* weight, const float* residual, float* out, int64_t rows) {
-  (void)p, (void)weight, (void)residual, (void)out, (void)rows;
+void tile_rows(const Product* p, const float* weight, Out out, int64_t rows) {
+  (void)p, (void)weight, (void)out, (void)rows;
 }
 
 #endif
