@@ -30,6 +30,7 @@ def rows_of(config: EngineConfig, seqs: Seq[Sequence], bucket: int) -> Rows:
     thresholds = np.full((exits, bucket), np.inf, np.float32)
     measure, top_k = np.zeros(bucket, np.int32), np.zeros(bucket, np.int32)
     tau, horizon = np.full(bucket, -1, np.float32), np.ones(bucket, np.float32)
+    gates = np.zeros(bucket, np.float32)
     keys = np.zeros((bucket, 2), np.uint32)
     temperature, min_p = np.zeros(bucket, np.float32), np.zeros(bucket, np.float32)
     top_p, logprobs = np.ones(bucket, np.float32), np.full(bucket, -1, np.int32)
@@ -41,7 +42,7 @@ def rows_of(config: EngineConfig, seqs: Seq[Sequence], bucket: int) -> Rows:
         if exits:
             thresholds[:, i] = request.thresholds
         if params.early_exit is not None:
-            measure[i] = MEASURES.index(params.early_exit.measure)
+            measure[i], gates[i] = MEASURES.index(params.early_exit.measure), params.early_exit.gate
             if isinstance(params.early_exit.threshold, DecayingThreshold):
                 tau[i] = params.early_exit.threshold.tau
         horizon[i] = request.max_tokens
@@ -55,7 +56,7 @@ def rows_of(config: EngineConfig, seqs: Seq[Sequence], bucket: int) -> Rows:
     return Rows(
         _host(table),
         _host(stop_ids),
-        ExitRows(*map(_host, (thresholds, measure, tau, horizon, keys))),
+        ExitRows(*map(_host, (thresholds, measure, tau, horizon, gates, keys))),
         SamplingRows(*map(_host, (temperature, top_k, top_p, min_p, logprobs))),
     )
 

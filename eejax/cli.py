@@ -103,6 +103,10 @@ def generate(
             help="Let the threshold decay along the answer (CALM).", rich_help_panel=EXITS, show_default=False
         ),
     ] = None,
+    gate: Annotated[
+        float | None,
+        typer.Option(help="Ask an exit's head only if its probe says this.", rich_help_panel=EXITS, show_default=False),
+    ] = None,
     min_layers: MinLayers = None,
     exit_layers: ExitLayers = None,
     full_depth: Annotated[
@@ -175,7 +179,7 @@ def generate(
             ignore_eos=ignore_eos,
             seed=seed,
             logprobs=logprobs,
-            early_exit=early_exit_params(full_depth, threshold, measure, tau, min_layers),
+            early_exit=early_exit_params(full_depth, threshold, measure, tau, min_layers, gate),
         )
         if stream and n != 1:
             raise ConfigError(f"--stream shows one answer to each prompt, so --n must be 1, got {n}")
@@ -319,10 +323,21 @@ def prompts_from(given: Sequence[str], file: Path | None) -> list[str]:
 
 
 def early_exit_params(
-    full_depth: bool, threshold: str | None, measure: str | None, tau: float | None, min_layers: int | None
+    full_depth: bool,
+    threshold: str | None,
+    measure: str | None,
+    tau: float | None,
+    min_layers: int | None,
+    gate: float | None = None,
 ) -> EarlyExitParams | None:
     """What the flags ask for; flags not given keep the defaults of `EarlyExitParams`."""
-    flags = {"--threshold": threshold, "--measure": measure, "--tau": tau, "--min-layers": min_layers}
+    flags = {
+        "--threshold": threshold,
+        "--measure": measure,
+        "--tau": tau,
+        "--min-layers": min_layers,
+        "--gate": gate,
+    }
     given = [name for name, value in flags.items() if value is not None]
     if full_depth and given:
         raise ConfigError(f"--full-depth runs every block, so {', '.join(given)} cannot be given with it")
@@ -338,4 +353,6 @@ def early_exit_params(
         chosen["measure"] = measure
     if min_layers is not None:
         chosen["min_layers"] = min_layers
+    if gate is not None:
+        chosen["gate"] = gate
     return EarlyExitParams(**chosen)

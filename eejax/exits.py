@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from eejax.params import Measure
+from eejax.params import LOGIT_MEASURES, Measure
 from pallas_kernels.head import Best
 
 MEASURES: tuple[str, ...] = get_args(Measure)
 """A row's measure travels to the device as an index into this."""
-NEEDS_LOGITS = frozenset({"softmax", "margin"})
+NEEDS_LOGITS = frozenset(LOGIT_MEASURES)
 
 RANDOM_STREAM = 1
 """Sets the `random` measure's draws apart from the sampler's, which use the same per-token keys."""
@@ -33,6 +33,7 @@ class ExitRows:
         measure: index into `MEASURES`.
         tau: decay of CALM eq. 5, per answer; negative for a constant threshold.
         horizon: the N of that equation, the request's `max_tokens`.
+        gates: probability by an exit's probe below which its head is not asked; 0 asks always.
         keys: raw random key of the row's request.
     """
 
@@ -40,6 +41,7 @@ class ExitRows:
     measure: Int[Array, " B"]
     tau: Float[Array, " B"]
     horizon: Float[Array, " B"]
+    gates: Float[Array, " B"]
     keys: UInt32[Array, "B 2"]
 
 

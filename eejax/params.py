@@ -16,6 +16,8 @@ Measure = Literal["softmax", "margin", "similarity", "classifier", "random"]
 
 CALIBRATED = "calibrated"
 """A threshold that is looked up in the checkpoint: `eejax calibrate` stores it there."""
+LOGIT_MEASURES = ("softmax", "margin")
+"""Measures that ask an exit's head."""
 MAX_CONFIDENCE = 1.0
 """No measure exceeds this, so a threshold above it is exactly full depth."""
 MAX_LOGPROBS = 20
@@ -74,14 +76,29 @@ class EarlyExitParams:
             leave): a baseline, and the means to replay an exit distribution on any weights.
         exit_layers: use only these of the model's exits; all when None.
         min_layers: blocks every token runs at least.
+        gate: probability, by the exit's linear probe, below which the exit's head is not asked, so that the token goes
+            on: one dot product instead of a vocabulary projection. 0 asks always. For `softmax` and `margin`.
     """
 
     threshold: Thresholds | DecayingThreshold | Literal["calibrated"] = 0.9
     measure: Measure = "softmax"
     exit_layers: Sequence[int] | None = None
     min_layers: int = 0
+    gate: float = 0.0
 
     def __post_init__(self) -> None:
+        _require_number("EarlyExitParams", "gate", self.gate, 0.0, 1.0, "a number in [0, 1]")
+        if self.gate:
+            require(
+                self.measure in LOGIT_MEASURES,
+                f"EarlyExitParams.gate is for measures that ask a head, {' and '.join(LOGIT_MEASURES)}, and this is "
+                f"{self.measure!r}: leave it at 0",
+            )
+            require(
+                self.threshold != CALIBRATED,
+                f"EarlyExitParams.gate must be 0 where the threshold is {CALIBRATED!r}, got {self.gate!r}: that was "
+                "certified without a gate",
+            )
         if isinstance(self.threshold, str):
             require(
                 self.threshold == CALIBRATED,
@@ -111,16 +128,17 @@ class EarlyExitParams:
         """One threshold per exit of `model`, `inf` where this request may not leave.
 
         Raises:
-            InvalidRequestError: the model lacks one of `exit_layers` or the probes that `classifier` asks, `min_layers`
-                exceeds its depth, the number of thresholds differs from the number of exits used, or the threshold is
-                "calibrated", which only a loaded model can look up (`CalibratedThresholds`).
+            InvalidRequestError: the model lacks one of `exit_layers` or the probes that `classifier` and `gate` ask,
+                `min_layers` exceeds its depth, the number of thresholds differs from the number of exits used, or the
+                threshold is "calibrated", which only a loaded model can look up (`CalibratedThresholds`).
         """
         layers = model.exits.layers
         if isinstance(self.threshold, str):
             raise InvalidRequestError(f"the threshold is {self.threshold!r}; here a number is needed")
-        if self.measure == "classifier" and not model.exits.probes:
+        if (self.measure == "classifier" or self.gate) and not model.exits.probes:
+            wish = f"gate {self.gate:g}" if self.gate else f"measure {self.measure!r}"
             raise InvalidRequestError(
-                f"measure 'classifier' needs a probe at each of the exits {list(layers)}, and this model has none: "
+                f"{wish} needs a probe at each of the exits {list(layers)}, and this model has none: "
                 "eejax tune-exits trains them"
             )
         used = layers if self.exit_layers is None else self.exit_layers

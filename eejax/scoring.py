@@ -163,7 +163,7 @@ def _read(
     width = min(count, COLUMNS)
     never = jnp.zeros((len(model.config.exits.layers), width))
     zeros = jnp.zeros(width)
-    rows = ExitRows(never, jnp.broadcast_to(measure, width), zeros, zeros, jnp.zeros((width, 2), jnp.uint32))
+    rows = ExitRows(never, jnp.broadcast_to(measure, width), zeros, zeros, zeros, jnp.zeros((width, 2), jnp.uint32))
 
     def some(columns: tuple[Array, Array, Array | None, Array | None]) -> _Read:
         features, successors, similar, probe = columns

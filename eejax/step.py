@@ -178,19 +178,25 @@ def _test_exit(
 
     def with_head(step: Step, asking: Array) -> Step:
         features = features_of(asking)
-        with jax.named_scope("heads"):
-            best, logits = model.best(
-                layer,
-                features,
-                active=plan.computed(asking),
-                logits=step.logits,
-                wanted=asking & rows.sampling.needs_logits,
-            )
-        leaving = asking & (exits.confidence(rows.exits, exits.Observation(best=best)) >= limits)
-        # Whoever leaves here is scored by these very logits: no second projection.
-        best = jax.tree.map(lambda new, old: jnp.where(leaving, new, old), best, step.best)
-        step = replace(leave(step, features, leaving), best=best, logits=logits, scored=step.scored | leaving)
-        return step.counting(heads=1, row_heads=plan.count(asking))
+        if config.exits.probes:
+            asking &= jax.nn.sigmoid(model.probe_logit(layer, features)) >= rows.exits.gates
+
+        def ask(step: Step) -> Step:
+            with jax.named_scope("heads"):
+                best, logits = model.best(
+                    layer,
+                    features,
+                    active=plan.computed(asking),
+                    logits=step.logits,
+                    wanted=asking & rows.sampling.needs_logits,
+                )
+            leaving = asking & (exits.confidence(rows.exits, exits.Observation(best=best)) >= limits)
+            # Whoever leaves here is scored by these very logits: no second projection.
+            best = jax.tree.map(lambda new, old: jnp.where(leaving, new, old), best, step.best)
+            step = replace(leave(step, features, leaving), best=best, logits=logits, scored=step.scored | leaving)
+            return step.counting(heads=1, row_heads=plan.count(asking))
+
+        return run_if(jnp.any(asking), ask, step) if config.exits.probes else ask(step)
 
     def without_head(step: Step, asking: Array) -> Step:
         features = features_of(asking)

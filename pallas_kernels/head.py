@@ -72,8 +72,8 @@ def head(
     x = x.astype(weight.dtype)
     if resolve(implementation, {"native": lambda: native.head_refusal(weight, x)}) == "native":
         wanted = jnp.ones(x.shape[1], bool) if wanted is None else wanted
-        *best, written = native.head(weight, x, active, logits, wanted, confidence)
-        return Best(*best), None if logits is None else written
+        top, token, second, log_sum, written = native.head(weight, x, active, logits, wanted, confidence)
+        return Best(top, token, second, log_sum), None if logits is None else written
     found = dot(weight, x)
     if logits is not None:
         places = jnp.ones(x.shape[1], bool)

@@ -136,7 +136,7 @@ def head(
     logits: Float[Array, "V N"] | None,
     wanted: Bool[Array, " N"] | None,
     confidence: bool,
-) -> tuple[Array, Array, Array, Array, Array]:
+) -> tuple[Array, ...]:
     """The largest of each column of `weight @ x`, its row, the second largest, log-sum-exp, and `logits`.
 
     Args:
