@@ -17,6 +17,7 @@ BENCHES = {
     "peers": "the same requests by other engines, each in a process of its own: speed, memory, equal tokens",
     "schedule": "many requests under each scheduling policy: throughput, latency, waste, memory",
     "simulate": "the scheduler against a model of the device: its error, and fleets that no machine here can run",
+    "step": "one decode step on a CPU, split into parts: products, attention, KV writes, heads, copies, host",
     "throughput": "many requests: requests and tokens per second, early exit against full depth",
 }
 

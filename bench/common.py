@@ -288,7 +288,7 @@ def show_table(
     modes: Mapping[str, Any],
     rows: Sequence[Sequence[str]],
     notes: Sequence[str],
-    ceiling: Mapping[str, float],
+    ceiling: Mapping[str, float] | None,
 ) -> None:
     """Print a column for each mode, then notes, the machine's ceilings, and whether the clock saw a compilation."""
     table = Table()
@@ -300,13 +300,15 @@ def show_table(
     console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=120)
     console.print(title, style="bold", markup=False, soft_wrap=True)
     console.print(table)
-    seen = (
-        f"read bandwidth {ceiling['read_bandwidth_gb_s']:.1f} GB/s (best pass over "
-        f"{ceiling['read_bandwidth_working_set_mib']:.0f} MiB), arithmetic "
-        f"{ceiling['arithmetic_gop_s']:.0f} G operations/s, both the best before and after the rounds"
-    )
-    for note in (*notes, seen):
+    for note in notes:
         console.print(note, markup=False, soft_wrap=True)
+    if ceiling is not None:
+        seen = (
+            f"read bandwidth {ceiling['read_bandwidth_gb_s']:.1f} GB/s (best pass over "
+            f"{ceiling['read_bandwidth_working_set_mib']:.0f} MiB), arithmetic "
+            f"{ceiling['arithmetic_gop_s']:.0f} G operations/s, both the best before and after the rounds"
+        )
+        console.print(seen, markup=False, soft_wrap=True)
     if any(mode["compilations_while_timed"] for mode in modes.values()):
         console.print("WARNING: something was compiled while the clock ran", style="bold red")
 

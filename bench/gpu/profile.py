@@ -6,42 +6,17 @@ import argparse
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-
-import jax
 
 from bench.common import random_params, random_prompts
 from bench.gpu.decoding import RUNS, build
 from bench.gpu.record import report
 from bench.rounds import request_params
 from bench.shapes import SHAPES, shape
+from bench.xla_profile import Event, device_events, trace
 from eejax.options import resolve_dtype
 
 SHOWN = 30
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """A kernel or copy that the device ran; times in nanoseconds."""
-
-    name: str
-    start: float
-    length: float
-
-
-def events(folder: Path) -> list[Event]:
-    """Events of the device in the newest trace in `folder`; on a CPU, events of XLA's threads."""
-    newest = max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
-    planes = list(jax.profiler.ProfileData.from_file(str(newest)).planes)
-    chosen = [plane for plane in planes if plane.name.startswith("/device:GPU")]
-    found = []
-    for plane in chosen or [plane for plane in planes if plane.name.startswith("/host:CPU")]:
-        for line in plane.lines:
-            # Other lines of a device repeat the events by module or by operation.
-            if not chosen or line.name.startswith("Stream"):
-                found += [Event(one.name, one.start_ns, one.duration_ns) for one in line.events]
-    return sorted(found, key=lambda one: one.start)
 
 
 def busy(ordered: Iterable[Event]) -> Iterator[float]:
@@ -101,11 +76,9 @@ def main(arguments: list[str]) -> int:
         request = engine.add_request(prompts[0], requests)
         engine.step()  # prefill
         steps, folder = engine.stats().steps, args.raw / name
-        options = jax.profiler.ProfileOptions()
-        options.python_tracer_level = 0  # Python's own calls would be most of the trace
-        with jax.profiler.trace(str(folder), profiler_options=options):
+        with trace(folder):
             engine.step()
-        summarise(f"{args.model} 1 {name}", events(folder), engine.stats().steps - steps)
+        summarise(f"{args.model} 1 {name}", device_events(folder), engine.stats().steps - steps)
         if engine.is_unfinished(request):
             engine.abort(request)
     return 0
