@@ -10,7 +10,6 @@ from eejax.errors import EejaxError
 BENCHES = {
     "latency": "one batch: time to first token, time per output token, early exit against full depth",
     "exits": "measures and thresholds: exits taken, agreement with full depth, speed-up under two batch rules",
-    "buckets": "a block by the number of rows it computes: where row compaction pays",
     "calibration": "thresholds certified on some prompts, their risk on others, over many random splits",
     "convert": "a Hugging Face folder to a checkpoint and back: time, peak memory, copying beside it",
     "kernels": "paged attention and KV fill-in by themselves, beside the bytes that must move",

@@ -15,8 +15,8 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float, Int
 
 from eejax.config import ModelConfig
-from eejax.exits import top_probabilities
 from eejax.model import bind
+from pallas_kernels.head import Best
 
 ATTENTION_TILE = 128
 MASKED = -1e30
@@ -151,8 +151,8 @@ def chunks(features: Float[Array, "E D N"], chunk: int) -> Float[Array, "n E D c
 
 def _margins(output: Float[Array, "V D"], features: Float[Array, "D N"], chunk: int) -> Float[Array, " N"]:
     def margin(part: Array) -> Array:
-        first, second = top_probabilities(dot(output, part), jnp.ones(part.shape[1], bool))
-        return first - second
+        best = Best.of(dot(output, part))
+        return (1 - jnp.exp(best.second - best.top)) / best.total
 
     return jax.lax.map(margin, chunks(features[None], chunk)[:, 0]).reshape(-1)
 

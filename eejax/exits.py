@@ -101,8 +101,8 @@ def confidence(rows: ExitRows, seen: Observation) -> Float[Array, " B"]:
     """Each row's confidence under its own measure, below every threshold where that was not observed."""
     found: dict[str, Array] = {}
     if seen.best is not None:
-        top = jnp.exp(seen.best.top - seen.best.log_sum)
-        found |= {"softmax": top, "margin": top - jnp.exp(seen.best.second - seen.best.log_sum)}
+        best = seen.best
+        found |= {"softmax": 1 / best.total, "margin": (1 - jnp.exp(best.second - best.top)) / best.total}
     if seen.similarity is not None:
         found["similarity"] = seen.similarity
     if seen.probe is not None:

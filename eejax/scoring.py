@@ -170,7 +170,7 @@ def _read(
         logits = model.logits(layer, features.T)
         best = Best.of(logits)
         at = jnp.where(successors < 0, best.token, successors)[None]
-        logprobs = jnp.take_along_axis(logits, at, axis=0)[0] - best.log_sum
+        logprobs = jnp.take_along_axis(logits, at, axis=0)[0] - best.top - jnp.log(best.total)
         seen = Observation(best=best, similarity=similar, probe=probe)
         return _Read(exits.confidence(rows, seen), best.token, logprobs)
 

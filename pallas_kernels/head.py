@@ -14,19 +14,21 @@ from pallas_kernels.projection import dot
 
 
 class Best(NamedTuple):
-    """What N columns of logits come to.
+    """What N columns of logits come to, where a NaN is no candidate and counts for nothing.
+
+    The likeliest token's probability is `1 / total`, and another's `exp(logit - top) / total`.
 
     Attributes:
         top: the largest.
-        token: the lowest row that has it; a NaN is no candidate.
+        token: the lowest row that has it.
         second: the largest of the others, equal to `top` where two are.
-        log_sum: logarithm of the sum of all exponentials.
+        total: sum of the exponentials of all logits, each less the largest.
     """
 
     top: Float[Array, " N"]
     token: Int[Array, " N"]
     second: Float[Array, " N"]
-    log_sum: Float[Array, " N"]
+    total: Float[Array, " N"]
 
     @classmethod
     def of(cls, logits: Float[Array, "V N"]) -> Best:
@@ -38,8 +40,7 @@ class Best(NamedTuple):
         # Two plain reductions: XLA:CPU vectorises them, unlike its own argmax.
         token = jnp.min(jnp.where(known == top, ids, rows), axis=0)
         second = jnp.max(jnp.where(ids == token, -jnp.inf, known), axis=0)
-        log_sum = top + jnp.log(jnp.sum(jnp.exp(logits - top), axis=0))
-        return cls(top, token, second, log_sum)
+        return cls(top, token, second, jnp.sum(jnp.exp(known - top), axis=0))
 
     @classmethod
     def unknown(cls, count: int) -> Best:
@@ -64,7 +65,7 @@ def head(
         active: columns that are looked at, all when None. What is found of others may be anything.
         logits: None where no column's are wanted: then they are nowhere in memory. In place when donated.
         wanted: those columns, of the active ones; all of these when None.
-        confidence: whether `second` and `log_sum` are needed; they may be anything otherwise.
+        confidence: whether `second` and `total` are needed; they may be anything otherwise.
 
     Raises:
         ValueError: `implementation` is unknown, or refuses these arguments: the message says why.
@@ -72,8 +73,8 @@ def head(
     x = x.astype(weight.dtype)
     if resolve(implementation, {"native": lambda: native.head_refusal(weight, x)}) == "native":
         wanted = jnp.ones(x.shape[1], bool) if wanted is None else wanted
-        top, token, second, log_sum, written = native.head(weight, x, active, logits, wanted, confidence)
-        return Best(top, token, second, log_sum), None if logits is None else written
+        top, token, second, total, written = native.head(weight, x, active, logits, wanted, confidence)
+        return Best(top, token, second, total), None if logits is None else written
     found = dot(weight, x)
     if logits is not None:
         places = jnp.ones(x.shape[1], bool)

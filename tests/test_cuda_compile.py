@@ -165,7 +165,7 @@ def decode_of(model: ModelConfig, rows: int, fill: str, asks: Asks):
     config = EngineConfig(model=model, cache=CacheConfig(2048), max_model_len=1024)
     params = jax.tree.map(lambda leaf: shaped(*leaf.shape), param_shapes(model))
     cache = jax.eval_shape(lambda: init_cache(model, config.cache, BFLOAT16))
-    plan = Plan((rows,), fill == "deferred", asks)
+    plan = Plan(False, fill == "deferred", asks)
     chunk = functools.partial(decode_chunk, model, 4, plan)
     counts = (np.int32(1), np.int32(1), np.bool_(False))
     return chunk, (params, cache, rows_of(config, (), rows), state_of((), rows), *counts), cache

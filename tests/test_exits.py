@@ -12,6 +12,7 @@ import pytest
 
 from eejax import exits
 from eejax.exits import MEASURES, ExitRows, Observation
+from pallas_kernels.head import Best
 from tests.reference import softmax
 
 
@@ -22,6 +23,7 @@ def rows(count: int, **changes) -> ExitRows:
         "measure": np.zeros(count, np.int32),
         "tau": np.full(count, -1, np.float32),
         "horizon": np.full(count, 16, np.float32),
+        "gates": np.zeros(count, np.float32),
         "keys": np.stack([np.arange(count), np.zeros(count)], axis=1).astype(np.uint32),
     }
     return ExitRows(**{name: jnp.asarray(value) for name, value in (values | changes).items()})
@@ -37,7 +39,7 @@ def confidence(measure: str, logits, uniform=None) -> np.ndarray:
     count = logits.shape[1]
     uniform = np.zeros(count, np.float32) if uniform is None else uniform
     given = rows(count, measure=np.full(count, MEASURES.index(measure), np.int32))
-    return np.asarray(exits.confidence(given, Observation(jnp.asarray(logits), uniform=jnp.asarray(uniform))))
+    return np.asarray(exits.confidence(given, Observation(Best.of(jnp.asarray(logits)), uniform=jnp.asarray(uniform))))
 
 
 def test_constant_thresholds_stay():
@@ -102,7 +104,7 @@ def test_confidence_of_huge_and_of_excluded_logits():
 def test_each_row_is_judged_by_its_own_measure():
     logits = np.log(np.array([[0.5], [0.3], [0.2]])).repeat(3, axis=1).astype(np.float32)
     measure = np.array([MEASURES.index(name) for name in ("random", "softmax", "margin")], np.int32)
-    seen = Observation(jnp.asarray(logits), uniform=jnp.array([0.9, 0.8, 0.7]))
+    seen = Observation(Best.of(jnp.asarray(logits)), uniform=jnp.array([0.9, 0.8, 0.7]))
     np.testing.assert_allclose(exits.confidence(rows(3, measure=measure), seen), [0.9, 0.5, 0.2], rtol=1e-5)
     uses = functools.partial(exits.uses, rows(3, measure=measure))
     assert uses(exits.NEEDS_LOGITS).tolist() == [False, True, True]

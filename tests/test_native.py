@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import projection
+from pallas_kernels.head import Best, head
 from pallas_kernels.implementation import VARIABLE
 from pallas_kernels.native import library, ops
 from pallas_kernels.pages import Slots, write
@@ -111,19 +112,91 @@ def test_products_without_elements(rows, depth, columns):
     np.testing.assert_array_equal(found, np.zeros((rows, columns), np.float32))
 
 
+SOME = [0.0, 0.2, 0.6, 1.0]
+"""Shares of columns that are computed."""
+
+
+def some_columns(columns: int, share: float) -> np.ndarray:
+    return np.random.default_rng(columns).random(columns) < share
+
+
 @needs_native
+@pytest.mark.parametrize("share", SOME)
 @pytest.mark.parametrize(("rows", "depth"), [(37, 29), (300, 51), (0, 5), (4, 0)])
-def test_products_into_some_columns_leave_the_others_as_they_are(rows, depth):
+def test_products_of_some_columns_leave_the_residual_in_the_others(rows, depth, share):
     assert ops.linear_refusal(jnp.ones((2, 2))) is None
-    into = jax.jit(ops.linear_into, donate_argnums=0)
+    some = jax.jit(lambda weight, x, residual, active: ops.linear(weight, x, residual=residual, active=active))
     for columns in (1, 3, 8, 9, 16, 17, 32, 33, 100):
-        weight, x, old = normal(rows, depth), normal(depth, columns, seed=1), normal(rows, columns, seed=2)
-        only = np.random.default_rng(columns).random(columns) < 0.5
-        expected = np.where(only, weight @ x, old)
+        weight, x, residual = normal(rows, depth), normal(depth, columns, seed=1), normal(rows, columns, seed=2)
+        active = some_columns(columns, share)
+        found = np.asarray(some(weight, x, residual, active))
         # Sums of 51 products of size 1, in another order.
-        np.testing.assert_allclose(into(jnp.asarray(old), only, weight, x), expected, rtol=0, atol=1e-4)
-        if rows and depth:
-            np.testing.assert_array_equal(into(jnp.asarray(old), only, weight, x)[:, ~only], old[:, ~only])
+        np.testing.assert_allclose(found[:, active], (residual + weight @ x)[:, active], rtol=0, atol=1e-4)
+        np.testing.assert_array_equal(found[:, ~active], residual[:, ~active])
+
+
+@needs_native
+@pytest.mark.parametrize("share", SOME)
+def test_products_of_some_columns_are_those_of_these_columns_alone(share):
+    """To the bit: a column's place does not matter. With a norm, gated, and in pairs with columns of their own."""
+    first, second, norm = normal(300, 51), normal(77, 51, seed=1), normal(51, seed=2)
+    gated = jax.jit(lambda x, active: ops.linear(first, x, norm, 1e-5, gated=True, active=active))
+    pair = jax.jit(lambda x, *active: ops.linear_pair(first, second, x, norm, 1e-5, active))
+    for columns in (7, 20, 50):
+        x, active = normal(51, columns, seed=3), some_columns(columns, share)
+        more = active | some_columns(columns, 0.3)
+        for some, found, weight, is_gated in (
+            (active, gated(x, active), first, True),
+            (active, pair(x, active, more)[0], first, False),
+            (more, pair(x, active, more)[1], second, False),
+        ):
+            alone = ops.linear(weight, jnp.asarray(x[:, some]), norm, 1e-5, gated=is_gated)
+            np.testing.assert_array_equal(np.asarray(found)[:, some], alone, f"{columns} columns")
+
+
+@needs_native
+@pytest.mark.parametrize("share", SOME)
+@pytest.mark.parametrize(("vocabulary", "depth"), [(1, 3), (37, 29), (5003, 16)])
+def test_head_finds_what_logits_come_to(vocabulary, depth, share):
+    rng = np.random.default_rng(vocabulary)
+    # Small integers: logits are exact, and many are equal.
+    weight = rng.integers(-2, 3, (vocabulary, depth)).astype(np.float32)
+    some = jax.jit(lambda x, active, logits, wanted: head(weight, x, active=active, logits=logits, wanted=wanted))
+    for columns in (1, 2, 8, 9, 20, 33, 64):
+        x = rng.integers(-2, 3, (depth, columns)).astype(np.float32)
+        active, wanted = some_columns(columns, share), rng.random(columns) < 0.5
+        old = normal(vocabulary, columns)
+        found, logits = some(x, active, old, wanted)
+        expected = Best.of(jnp.asarray(weight @ x))
+        for name in ("top", "token", "second"):
+            np.testing.assert_array_equal(getattr(found, name)[active], getattr(expected, name)[active], name)
+        np.testing.assert_allclose(found.total[active], expected.total[active], rtol=2e-6)
+        np.testing.assert_array_equal(logits, np.where(active & wanted, weight @ x, old))
+        greedy, nothing = head(jnp.asarray(weight), jnp.asarray(x), confidence=False)
+        np.testing.assert_array_equal(greedy.token, (weight @ x).argmax(axis=0))
+        assert nothing is None
+
+
+@needs_native
+def test_head_of_no_number_is_a_row_all_the_same():
+    weight, x = np.full((300, 1), -np.inf, np.float32), np.ones((1, 5), np.float32)
+    assert head(jnp.asarray(weight), jnp.asarray(x))[0].token.tolist() == [0] * 5
+    assert head(jnp.full((300, 1), jnp.nan), jnp.asarray(x))[0].token.tolist() == [0] * 5
+    weight[7], weight[200] = np.nan, -1
+    found, _ = head(jnp.asarray(weight), jnp.asarray(x))
+    assert found.token.tolist() == [200] * 5 == Best.of(jnp.asarray(weight @ x)).token.tolist()
+    assert found.total.tolist() == [1] * 5, "what is no number counts for nothing"
+
+
+@needs_native
+def test_head_writes_logits_in_place_and_none_where_none_are_wanted():
+    weight, x, logits = jnp.ones((50, 8)), jnp.ones((8, 4)), jnp.zeros((50, 4))
+    place = logits.unsafe_buffer_pointer()
+    write_them = jax.jit(lambda logits: head(weight, x, logits=logits)[1], donate_argnums=0)
+    assert write_them(logits).unsafe_buffer_pointer() == place
+    without = jax.jit(lambda x: head(weight, x)[0]).lower(x).compile()
+    assert "f32[50,4]" not in without.as_text()
+    assert "1024 columns" in (ops.head_refusal(weight, jnp.ones((8, 1025))) or "")
 
 
 @needs_native
@@ -164,28 +237,6 @@ def test_keys_are_written_in_place_and_nowhere_else(heads, size, dim, tokens):
 
 
 @needs_native
-@pytest.mark.parametrize("values", [3, 1000], ids=["many equals", "few equals"])
-def test_argmax_takes_the_first_of_equals(values):
-    assert ops.argmax_refusal(jnp.ones((2, 2))) is None
-    rng = np.random.default_rng(values)
-    for rows in (1, 7, 64, 65, 5003):
-        for columns in (1, 2, 3, 4, 8, 9, 16, 17, 32, 47):
-            x = rng.integers(-values, values, (rows, columns)).astype(np.float32)
-            np.testing.assert_array_equal(ops.argmax(x), x.argmax(axis=0), f"{rows} by {columns}")
-
-
-@needs_native
-def test_argmax_of_no_number_is_a_row_all_the_same():
-    x = np.full((300, 5), -np.inf, np.float32)
-    assert ops.argmax_refusal(jnp.asarray(x)) is None
-    np.testing.assert_array_equal(ops.argmax(x), np.zeros(5))
-    np.testing.assert_array_equal(ops.argmax(np.full_like(x, np.nan)), np.zeros(5))
-    x[7, 2] = np.nan
-    x[200, 2] = -1
-    np.testing.assert_array_equal(ops.argmax(x), [0, 0, 200, 0, 0])
-
-
-@needs_native
 def test_no_queries():
     pages = jnp.ones((1, 2, 1, 8, 16))
     none = jnp.zeros(0, jnp.int32)
@@ -200,7 +251,7 @@ def test_other_types_are_refused(dtypes):
     assert all(part in ops.linear_refusal(weight, x) for part in dtypes)
     pages = jnp.ones((1, 2, 1, 8, 16), dtypes[1])
     assert all(part in ops.attention_refusal(jnp.ones((1, 4, 16), dtypes[0]), pages) for part in dtypes)
-    assert weight.dtype == jnp.float32 or str(weight.dtype) in ops.argmax_refusal(weight)
+    assert all(part in ops.head_refusal(weight, x) for part in dtypes)
 
 
 # --------------------------------------------------------------------------------------------------------- projections

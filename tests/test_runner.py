@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eejax.batch_arrays import MAX_DEVICE_STOP_IDS, logprobs_of
-from eejax.buckets import Piece, bucket_of, cut_prefill, segment_bucket, segment_buckets
+from eejax.buckets import Piece, bucket_of, cut_prefill
 from eejax.config import CacheConfig, DecodeConfig, EngineConfig, ExitConfig, ModelConfig, SchedulerConfig
 from eejax.engine import Engine
 from eejax.kv_fill import WAITING_PER_ROW
@@ -398,23 +398,14 @@ def test_finished_rows_no_longer_count(runner):
 # ------------------------------------------------------------------------------------- compaction, fill-in, rebatching
 
 
-def test_segments_run_in_the_smallest_bucket():
-    assert segment_buckets(1, True) == (1,)
-    assert segment_buckets(8, True) == (1, 2, 4, 8)
-    assert segment_buckets(32, True) == (4, 8, 16, 32)
-    assert [segment_bucket(32, True, n) for n in (1, 4, 5, 16, 17, 32)] == [4, 4, 8, 16, 32, 32]
-    for bucket in (1, 8, 32):
-        assert segment_buckets(bucket, False) == (bucket,)
-
-
 def test_compaction_computes_the_rows_that_go_on(runner, plain):
     leaves = [sequence(runner, place, early_exit=always()) for place in (0, 1)]
     stays = sequence(runner, 2)
     compact = decode(runner, *leaves, stays, n_steps=4)
     assert (compact.blocks_run, compact.row_steps) == (4 * DEPTH, 4 * 4)
-    # Three of four rows are live, one of them goes on; heads likewise: two leave first, one last.
-    assert compact.row_blocks == 4 * (EXITS[0] * 4 + (DEPTH - EXITS[0]) * 1)
-    assert (compact.heads_run, compact.row_heads, compact.fills) == (4, 4 * 4, 0)
+    # Three of four rows are live, one of them goes on; all three need a head.
+    assert compact.row_blocks == 4 * (EXITS[0] * 3 + (DEPTH - EXITS[0]) * 1)
+    assert (compact.heads_run, compact.row_heads, compact.fills) == (4, 4 * 3, 0)
     leaves = [sequence(plain, place, early_exit=always()) for place in (0, 1)]
     everything = decode(plain, *leaves, sequence(plain, 2), n_steps=4)
     assert everything.row_blocks == 4 * DEPTH * 4
@@ -425,13 +416,13 @@ def test_heads_are_asked_for_the_rows_that_came_to_them(runner):
     """Two rows leave first; the third asks the second exit's head and then the last one's, alone."""
     rows = [sequence(runner, place, early_exit=always("softmax")) for place in (0, 1)]
     result = decode(runner, *rows, sequence(runner, 2, early_exit=NEVER), n_steps=2)
-    assert (result.heads_run, result.row_heads) == (2 * 3, 2 * (4 + 1 + 1))
+    assert (result.heads_run, result.row_heads) == (2 * 3, 2 * (3 + 1 + 1))
 
 
 def test_rows_that_have_ended_are_not_computed(runner):
     ends = [sequence(runner, place, max_tokens=2) for place in (0, 1)]
     result = decode(runner, *ends, sequence(runner, 2), n_steps=5)
-    assert result.row_blocks == DEPTH * (4 + 4 * 1)
+    assert result.row_blocks == DEPTH * (3 + 4 * 1)
 
 
 def test_cheap_measures_ask_one_head_a_step(runner):

@@ -60,25 +60,6 @@ def clear_cut(probs, top_k: int, top_p: float, min_p: float) -> bool:
     return at_p and np.min(np.abs(ratios - min_p)[ratios > 0], initial=1) > 1e-5
 
 
-# ------------------------------------------------------------------------------------------------------------- argmax
-
-
-def test_argmax_takes_the_lowest_of_equals():
-    logits = np.array([[1, 3, -np.inf, 0], [2, 3, -np.inf, 0], [2, 1, -np.inf, 0]], np.float32)
-    assert sampling.argmax(jnp.asarray(logits)).tolist() == [1, 0, 0, 0]
-
-
-def test_argmax_equals_numpy_s():
-    logits = np.random.default_rng(0).integers(-3, 3, (50, 40)).astype(np.float32)
-    np.testing.assert_array_equal(sampling.argmax(jnp.asarray(logits)), logits.argmax(axis=0))
-
-
-def test_argmax_of_nan_is_a_token():
-    logits = np.array([[np.nan, 1], [np.nan, np.nan], [np.nan, 2]], np.float32)
-    found = np.asarray(sampling.argmax(jnp.asarray(logits)))
-    assert np.all((found >= 0) & (found < 3))
-
-
 # ---------------------------------------------------------------------------------------------------------- keep_mask
 
 # Weights from few values give ties in most examples; powers of two make their sums exact.

@@ -116,7 +116,7 @@ def test_a_step_is_as_deep_as_its_deepest_row() -> None:
 def test_with_compaction_a_block_computes_the_rows_that_enter_it() -> None:
     rows = StepModel(call=0.0, step=0.0, blocks=0.0, row=4.0, page=0.0, head=0.0, prefill_call=0.0, prefill_token=0.0)
     requests = [asked(2, exit_layers=(4, layer)) for layer in (1, 1, 1, 2, 2, 2, 2, 4)]
-    for compacts, computed in ((False, 4 * 8), (True, 1 * 8 + 1 * 8 + 2 * 1)):  # five of eight go on, then one
+    for compacts, computed in ((False, 4 * 8), (True, 1 * 8 + 1 * 5 + 2 * 1)):  # five of eight go on, then one
         one = simulate(
             requests,
             SchedulerConfig(),

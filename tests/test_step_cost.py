@@ -61,13 +61,12 @@ def test_with_compaction_rows_that_have_left_are_not_paid_for():
     eight = functools.reduce(Rows.join, [early] * 8)
     assert eight.rows_left == (6, 8, 8)
     assert eight.resolved == pytest.approx((0.75**8, 1, 1))
-    # All eight run the first quarter; two of them, where any go on, the second; nobody the rest.
-    goes_on = 1 - 0.75**8
-    assert eight.row_depth(True) == pytest.approx(0.25 * 8 + 0.25 * goes_on * 4)
+    # All eight run the first quarter, two of them the second, nobody the rest.
+    assert eight.row_depth(True) == pytest.approx(0.25 * 8 + 0.25 * 2)
     assert eight.row_depth(False) == pytest.approx(8 * eight.expected_depth)
     mixed = eight.join(late)
     assert mixed.rows_left == (6, 8.5, 9)
-    assert mixed.row_depth(True) == pytest.approx(0.25 * 16 + 0.25 * 4 + 0.5 * 0.5 * 2)
+    assert mixed.row_depth(True) == pytest.approx(0.25 * 9 + 0.25 * 3 + 0.5 * 0.5)
     cost = StepCost(*TRUTH, compacts=True)
     fixed, per_row, per_page = TRUTH
     assert cost.seconds(eight) == pytest.approx(

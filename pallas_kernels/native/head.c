@@ -1,7 +1,7 @@
 /* What is asked of logits, weight [V, D] @ x [D, N], float32: in each column the largest one and its row (the lowest one
-of equals), the largest one but that (the same one again where two are equal), and the logarithm of the sum of their
-exponentials. The vocabulary goes by in tiles that stay in the cache; logits themselves are written only of columns that
-are wanted. A NaN is larger than nothing. */
+of equals), the largest one but that (the same one again where two are equal), and the sum of the exponentials of all,
+each less the largest. The vocabulary goes by in tiles that stay in the cache; logits themselves are written only of
+columns that are wanted. A NaN is larger than nothing, and counts for nothing. */
 
 #include <math.h>
 
@@ -88,7 +88,7 @@ static void item(int64_t number, void* argument) {
 }
 
 /* Operands weight, x, active (of no elements where all columns are computed), logits, wanted (of no elements where no
-logits are: these have no rows then); results logits (the operand's memory), largest, rows, second largest, logarithms,
+logits are: these have no rows then); results logits (the operand's memory), largest, rows, second largest, sums,
 what items found (4 times V / 16 + 1 by columns and a vector), scratch (at its end a list of
 columns); attribute confidence. */
 XLA_FFI_Error* eejax_head(XLA_FFI_CallFrame* call) {
@@ -119,9 +119,9 @@ XLA_FFI_Error* eejax_head(XLA_FFI_CallFrame* call) {
   int64_t size = parts->dims[0] / 4;
   h.tops = parts->data, h.seconds = h.tops + size, h.sums = h.seconds + size, h.ids = (int32_t*)(h.sums + size);
   parallel_for(call, p->items, item, &h);
-  float *tops = result(call, 1)->data, *seconds = result(call, 3)->data, *logarithms = result(call, 4)->data;
+  float *tops = result(call, 1)->data, *seconds = result(call, 3)->data, *sums = result(call, 4)->data;
   int32_t* ids = result(call, 2)->data;
-  for (int64_t c = 0; c < p->width; c++) tops[c] = seconds[c] = logarithms[c] = 0, ids[c] = 0;
+  for (int64_t c = 0; c < p->width; c++) tops[c] = seconds[c] = sums[c] = 0, ids[c] = 0;
   for (int64_t c = 0; c < p->columns; c++) {
     Best best = {h.tops[c], h.seconds[c], h.sums[c], h.ids[c]};
     for (int64_t i = 1; i < p->items; i++) {
@@ -129,8 +129,7 @@ XLA_FFI_Error* eejax_head(XLA_FFI_CallFrame* call) {
       best = better(best, (Best){h.tops[at], h.seconds[at], h.sums[at], h.ids[at]});
     }
     int64_t column = p->list ? p->list[c] : c;
-    tops[column] = best.top, ids[column] = best.id, seconds[column] = best.second;
-    logarithms[column] = best.top + logf(best.sum);
+    tops[column] = best.top, ids[column] = best.id, seconds[column] = best.second, sums[column] = best.sum;
   }
   return NULL;
 }

@@ -137,13 +137,13 @@ def head(
     wanted: Bool[Array, " N"] | None,
     confidence: bool,
 ) -> tuple[Array, ...]:
-    """The largest of each column of `weight @ x`, its row, the second largest, log-sum-exp, and `logits`.
+    """The largest of each column of `weight @ x`, its row, the second largest, the sum of exponentials, and `logits`.
 
     Args:
         active: columns that are computed, all when None; the others yield zeros.
         logits, wanted: where logits of those active columns that are `wanted` are written; in place where XLA needs the
             old ones no more.
-        confidence: whether the second largest and log-sum-exp are asked for; they may be anything otherwise.
+        confidence: whether the second largest and the sum are asked for; they may be anything otherwise.
     """
     (rows, depth), count = weight.shape, x.shape[1]
     if logits is None:
