@@ -28,8 +28,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from eejax.config import ModelConfig
+from eejax.exit_cost import PartSizes
 from eejax.exits import NEEDS_LOGITS
-from eejax.model import count_params, param_shapes
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,23 +82,14 @@ class ModelCost:
 
     @classmethod
     def of(cls, config: ModelConfig, itemsize: int) -> ModelCost:
-        """Sizes counted from the parameters of `config`, `itemsize` bytes each."""
-        shapes = param_shapes(config)
-        block = next(iter(shapes["blocks"].values()))
-        matrix = shapes["embedding" if config.tie_embeddings else "output"].size
-        heads, bodies = {config.n_layers: matrix + config.hidden_size}, {}
-        for layer, name in zip(config.exits.layers, config.exit_names, strict=True):
-            parts = shapes.get("exits", {}).get(name, {})
-            # The probe itself, one number for each of the hidden state's, is not worth counting.
-            own = sum(count_params(part) for key, part in parts.items() if key in ("norm", "mlp", "block"))
-            bodies[layer] = own + (config.hidden_size if config.exits.head == "shared" else 0)
-            heads[layer] = bodies[layer] + matrix
+        """Sizes of the parameters of `config`, `itemsize` bytes each."""
+        sizes = PartSizes.of(config)
         return cls(
             n_layers=config.n_layers,
-            block_params=count_params(block),
-            fill_params=block["wkv"].size,
-            head_params=heads,
-            body_params=bodies,
+            block_params=sizes.block,
+            fill_params=sizes.fill,
+            head_params=sizes.heads,
+            body_params=sizes.bodies,
             kv_per_token=2 * config.n_kv_heads * config.head_dim,
             attention_ops=4 * config.n_heads * config.head_dim,
             itemsize=itemsize,

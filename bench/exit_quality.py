@@ -83,6 +83,7 @@ class Quality:
         return {
             "decoded_tokens": len(tokens),
             "mean_exit_layer": sum(layers.elements()) / max(1, len(tokens)),
+            "tokens_at_exit": {str(layer): layers[layer] for layer in config.exit_points},
             "share_at_exit": {str(layer): layers[layer] / max(1, len(tokens)) for layer in config.exit_points},
             "ideal_speedup_alone": ideal_from_bytes(self._cost, tokens) if tokens else None,
             "ideal_speedup_in_batch": ideal_from_operations(self._cost, tokens) if tokens else None,

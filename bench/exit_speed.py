@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -96,12 +97,14 @@ def figures(cell: Cell, runs: Sequence[Run], tokens: Sequence[TokenCost], cost: 
     step = median(times)
     blocks, heads, rows = (sum(getattr(one, name) for one in run) for name in ("blocks_run", "heads_run", "row_blocks"))
     kv = sum(map(cost.kv_positions, tokens)) / steps
+    layers = Counter(token.exit_layer for token in tokens)
     read = cost.step_bytes(blocks / steps, heads / steps, kv, cost.mean_head(tokens))
     bound = max(read / ceiling.bandwidth, sum(map(cost.token_ops, tokens)) / steps / ceiling.arithmetic)
     return {
         "output_tokens_per_s": cell.batch / step,
         "time_per_output_token_ms": 1e3 * step,
-        "mean_exit_layer": sum(token.exit_layer for token in tokens) / len(tokens),
+        "mean_exit_layer": sum(layers.elements()) / len(tokens),
+        "tokens_at_exit": {str(layer): layers[layer] for layer in sorted(cost.head_params)},
         "blocks_run_over_full_depth": blocks / (steps * cost.n_layers),
         "row_blocks_over_full_depth": rows / (len(tokens) * cost.n_layers),
         "heads_per_step": heads / steps,

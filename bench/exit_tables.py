@@ -39,7 +39,7 @@ SPEED: tuple[Column, ...] = (
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print a table of quality, one of speed for each batch size, and what is best."""
+    """Print a table of quality, one of exits, one of speed for each batch size, and what is best."""
     console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=160)
     name, options, settings = result["model"]["name"], result["options"], result["settings"]
     everything = [{"label": "full depth", **result["full_depth"]}, *settings]
@@ -48,6 +48,14 @@ def show(result: dict[str, Any]) -> None:
             f"{name}: greedy answers to {options['quality_prompts']} prompts, {options['max_tokens']} tokens at most"
         )
         console.print(_table(title, QUALITY, [(one["label"], one["quality"]) for one in everything]))
+    if settings[0]["exits"]:
+        console.print(_exits_table(name, settings))
+        console.print(
+            "An exit pays where the share that left is above the break-even share. Each exit is taken by itself, as if "
+            "whoever stays asked no later exit; weights are counted, without fill-in and attention, for each token by "
+            "itself.",
+            soft_wrap=True,
+        )
     for batch, rules in result["full_depth"]["speed"].items():
         title = (
             f"{name}: decoding, batch {batch}, {options['output_len']} tokens out, {options['num_iters']} rounds each"
@@ -79,6 +87,23 @@ def show(result: dict[str, Any]) -> None:
         for found in rules.values()
     ):
         console.print("WARNING: something was compiled while the clock ran", style="bold red")
+
+
+def _exits_table(name: str, settings: Sequence[dict[str, Any]]) -> Table:
+    title = f"{name}: of the tokens that ask an exit, the share that must leave there to pay for it, and that left"
+    table = Table(title=title, title_justify="left", padding=(0, 0, 0, 1))
+    table.add_column("")
+    for one in settings[0]["exits"]:
+        for heading in (f"exit {one['layer']}: cost, blocks", "break-even", "left"):
+            table.add_column(heading, justify="right")
+    for one in settings:
+        cells = [
+            "" if found[key] is None else f"{found[key]:.{digits}f}"
+            for found in one["exits"]
+            for key, digits in (("cost_in_blocks", 2), ("break_even_share", 3), ("share_left", 3))
+        ]
+        table.add_row(one["label"], *cells)
+    return table
 
 
 def _table(title: str, columns: Sequence[Column], lines: Sequence[tuple[str, dict[str, Any]]]) -> Table:

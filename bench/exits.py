@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,9 @@ from bench.schedule import words
 from bench.shapes import shape
 from eejax import LLM, EarlyExitParams
 from eejax.config import ModelConfig
-from eejax.errors import ConfigError
+from eejax.errors import ConfigError, ExitCostWarning
+from eejax.exit_cost import asked_and_left, exit_costs
+from eejax.exits import NEEDS_LOGITS
 from eejax.params import Measure
 from eejax.request import PromptLike
 from eejax.tuning_data import read_documents, text_bytes
@@ -158,6 +161,28 @@ def qualities(
     return {one: quality.of(one) for one in todo}
 
 
+def exits_of(config: ModelConfig, one: EarlyExitParams, tokens_at_exit: Mapping[str, int]) -> list[dict[str, Any]]:
+    """What each exit costs under this setting, in blocks, and who must leave there for that and who did.
+
+    Args:
+        tokens_at_exit: decoded tokens of the setting, by the blocks that they ran.
+    """
+    tokens_at = {int(layer): count for layer, count in tokens_at_exit.items()}
+    counts = asked_and_left(config.exits.layers, one.thresholds_for(config), tokens_at)
+    return [
+        {
+            "layer": exit_.layer,
+            "cost_in_blocks": exit_.asked,
+            "break_even_share": exit_.break_even,
+            "tokens_asked": asked,
+            "tokens_left": left,
+            "share_left": left / asked if asked else None,
+        }
+        for exit_ in exit_costs(config, with_logits=one.measure in NEEDS_LOGITS)
+        for asked, left in [counts[exit_.layer]]
+    ]
+
+
 def build(args: argparse.Namespace) -> dict[str, LLM]:
     """An engine for each rule that is asked for, over the same weights."""
     rules = list(RULES) if args.batch_rule == "both" else [args.batch_rule]
@@ -189,6 +214,8 @@ def build(args: argparse.Namespace) -> dict[str, LLM]:
 def main(arguments: list[str]) -> None:
     """Run the benchmark."""
     args = parser().parse_args(arguments)
+    # Settings that do not pay are asked for on purpose, and the tables say which they are.
+    warnings.simplefilter("ignore", ExitCostWarning)
     args.model = None if args.random else args.model
     if args.plot is not None:
         require_matplotlib()
@@ -218,12 +245,15 @@ def main(arguments: list[str]) -> None:
     )
     ceiling = before.better(Ceiling.measure(step_bytes, dtype_of(llm)))
     speed = compare(llms, runs, cost, ceiling)
+    # Where no answers were compared, the timed ones tell who left, under any rule: the tokens are the same.
+    timed = [next(iter(rules.values())) for rules in speed[max(speed)]["early_exit"]]
     shares = ", ".join(f"{share:g}" for share in args.replay or ())
     rows = [
         {
             "label": f"replay {shares}" if shares else f"{one.measure} {one.threshold:g}",
             "measure": one.measure,
             "threshold": one.threshold,
+            "exits": exits_of(config, one, (quality.get(one) or timed[i])["tokens_at_exit"]),
             "quality": quality.get(one),
             "speed": {batch: found["early_exit"][i] for batch, found in speed.items()},
         }

@@ -10,6 +10,7 @@ from eejax.errors import (
     CheckpointError,
     ConfigError,
     EejaxError,
+    ExitCostWarning,
     InvalidRequestError,
     TokenizerError,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "DecayingThreshold",
     "EarlyExitParams",
     "EejaxError",
+    "ExitCostWarning",
     "InvalidRequestError",
     "RequestOutput",
     "SamplingParams",

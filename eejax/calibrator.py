@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Protocol, cast, get_args
 from eejax.calibration import Calibration, MeasureCalibration, fingerprint, load_calibration, save_calibration
 from eejax.checks import is_number, require, require_positive_int
 from eejax.config import ModelConfig
+from eejax.errors import ExitCostWarning
 from eejax.length_training import choose_prompts, prompt_ids
 from eejax.llm import LLM
 from eejax.param_tree import leaves
@@ -182,7 +184,11 @@ class LossMeter:
         params = SamplingParams(temperature=0.0, max_tokens=self._max_tokens, early_exit=early_exit)
         asked: list[PromptLike] = [{"prompt_token_ids": list(prompt)} for prompt in self._prompts]
         found = []
-        for output in self._llm.generate(asked, params, use_tqdm=False):
+        with warnings.catch_warnings():
+            # The grid begins with thresholds that hardly anything passes.
+            warnings.simplefilter("ignore", ExitCostWarning)
+            outputs = self._llm.generate(asked, params, use_tqdm=False)
+        for output in outputs:
             if output.error is not None:
                 raise output.error
             [answer] = output.outputs

@@ -14,6 +14,8 @@ from eejax.config import EngineConfig, SchedulerConfig
 from eejax.detokenizer import Detokenizer
 from eejax.engine_stats import EngineStats
 from eejax.errors import InvalidRequestError
+from eejax.exit_cost import ExitLedger
+from eejax.exits import NEEDS_LOGITS
 from eejax.intake import Intake, TextCodec
 from eejax.length_predictor import QUESTION_TOKENS, ConstantPredictor, LengthPredictor
 from eejax.lengths import LengthEstimate
@@ -64,6 +66,7 @@ class Engine:
         self.eos_ids = frozenset(eos_ids)
         self.calibrated = calibrated or CalibratedThresholds()
         self.runner = Runner(config, params)
+        self.exit_ledger = ExitLedger(config.model, config.scheduler.max_num_seqs)
         self._requests: dict[str, Request] = {}
         self._detokenizers: dict[Sequence, Detokenizer] = {}
         self._questions: dict[Sequence, Request] = {}  # asked of the model -> the request that waits for its answer
@@ -317,6 +320,13 @@ class Engine:
         if detokenizer.stopped:
             self.scheduler.finish(seq, "stop")
 
+    def _account(self, request: Request) -> None:
+        """Enter what the exits cost and saved a finished request, if it asked their heads."""
+        early_exit = request.params.early_exit
+        if early_exit is not None and early_exit.measure in NEEDS_LOGITS and request.may_leave:
+            for seq in request.sequences:
+                self.exit_ledger.add(request.thresholds, seq.exit_counts)
+
     def _output(self, request: Request) -> RequestOutput:
         """What there is of a request; when it is finished, forget it."""
         outputs = tuple(
@@ -333,6 +343,7 @@ class Engine:
         finished = request.finished
         if finished:
             self._requests.pop(request.request_id, None)
+            self._account(request)
             for seq in request.sequences:
                 self._detokenizers.pop(seq, None)
         firsts = [seq.first_token_time for seq in request.sequences if seq.first_token_time is not None]

@@ -1,4 +1,4 @@
-"""Errors a caller can act on. Every message names the offending value and what is allowed."""
+"""Errors and warnings a caller can act on. Every error names the offending value and what is allowed."""
 
 from __future__ import annotations
 
@@ -25,3 +25,7 @@ class CheckpointError(EejaxError, ValueError):
 
 class TokenizerError(EejaxError, ValueError):
     """Tokenizer files are missing or unreadable."""
+
+
+class ExitCostWarning(UserWarning):
+    """Asking exits has cost a model more blocks than leaving at them saved."""

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from eejax.calibration import load_calibration
 from eejax.config import CacheConfig
+from eejax.exit_cost import exit_costs
 from eejax.kernels import choose_kernels
 from eejax.kv_cache import page_bytes
 from eejax.length_heads import load_length_heads
@@ -58,6 +59,12 @@ def describe(path: Path, dtype: str | None, page_size: int) -> dict[str, Any]:
         "kernels": {name: choice._asdict() for name, choice in choose_kernels(model, page_size, served).items()},
         "exit_layers": list(model.exits.layers),
         "exit_head": model.exits.head,
+        "exit_costs": [
+            {"layer": exit_.layer, "blocks": exit_.asked, "blocks_without_logits": without.asked}
+            for exit_, without in zip(
+                exit_costs(model, with_logits=True), exit_costs(model, with_logits=False), strict=True
+            )
+        ],
         "length_heads": None if lengths is None else dict(lengths.about),
         "calibration": None if calibration is None else calibration.to_dict(),
         "tokenizer": {
@@ -92,6 +99,16 @@ def _promise(measure: str, found: dict[str, Any]) -> str:
     return f"{measure} {threshold} ({found['loss']} risk {found['max_risk']:g}, confidence {found['confidence']:g})"
 
 
+def _exit_costs(found: list[dict[str, Any]]) -> str:
+    if not found:
+        return "none"
+    with_logits, without = (
+        ", ".join(f"{one[key]:.2f} after {one['layer']}" for one in found)
+        for key in ("blocks", "blocks_without_logits")
+    )
+    return f"a token, in blocks by weights read: {with_logits}; by a measure without logits: {without}"
+
+
 def print_description(found: dict[str, Any]) -> None:
     """`describe`'s facts as a table."""
     model, page, tokenizer = found["model"], found["kv_page"], found["tokenizer"]
@@ -105,6 +122,7 @@ def print_description(found: dict[str, Any]) -> None:
     rows = {
         "blocks": f"{model['n_layers']}",
         "exits after blocks": exits + head,
+        "asking an exit costs": _exit_costs(found["exit_costs"]),
         "hidden, MLP": f"{model['hidden_size']}, {model['intermediate_size']}",
         "heads": f"{model['n_heads']} query, {model['n_kv_heads']} key/value, {model['head_dim']} wide",
         "vocabulary": f"{model['vocab_size']} ({tied} output)",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from eejax.calibration import CalibratedThresholds
 from eejax.checks import named_options
 from eejax.config import CacheConfig, Choice, EngineConfig, FillMode, ModelConfig, PolicyName, SchedulerConfig
 from eejax.engine import Engine, EngineStats
-from eejax.errors import InvalidRequestError
+from eejax.errors import ExitCostWarning, InvalidRequestError
 from eejax.length_predictor import LengthPredictor
 from eejax.options import (
     Options,
@@ -317,6 +318,8 @@ class LLM:
                                 bar.update(task, completed=len(outputs))
         finally:
             self._abort_all(request for request in ids if request not in outputs)
+        if (complaint := self.engine.exit_ledger.complaint()) is not None:
+            warnings.warn(complaint, ExitCostWarning, stacklevel=3)  # at the caller of `generate` or `chat`
         return [outputs[request] for request in ids]
 
     def stream(self, prompt: PromptLike, params: SamplingParams | None = None) -> Iterator[StreamDelta]:

@@ -220,6 +220,24 @@ def quick_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
 DRY = ("--random=tiny", "--batch-sizes=2", "--num-iters=1")
 
 
+def test_exits_beside_their_break_even_shares() -> None:
+    """`tiny`: a block of 2,336 parameters, heads of 65 * 16."""
+    first, second = exits.exits_of(CONFIG, LEAVES, {"2": 30, "4": 10, "6": 60})
+    head = 65 * 16 / 2336
+    assert first == {
+        "layer": 2, "cost_in_blocks": pytest.approx(head), "break_even_share": pytest.approx(head / (4 + head)),
+        "tokens_asked": 100, "tokens_left": 30, "share_left": 0.3,
+    }  # fmt: skip
+    assert (second["tokens_asked"], second["share_left"]) == (70, pytest.approx(1 / 7))
+    assert second["break_even_share"] == pytest.approx(head / (2 + head))
+    norm = 16 / 2336  # no logits to decide: the exit's matrix is asked where the token leaves, in place of the last
+    similar = EarlyExitParams((0.5, 0.5), "similarity", exit_layers=(2, 4), min_layers=3)
+    first, second = exits.exits_of(CONFIG, similar, {"2": 0, "4": 10, "6": 0})
+    assert (first["tokens_asked"], first["share_left"]) == (0, None)
+    assert (second["cost_in_blocks"], second["share_left"]) == (pytest.approx(norm), 1)
+    assert second["break_even_share"] == pytest.approx(norm / (2 + norm))
+
+
 @pytest.mark.usefixtures("quick_ceiling")
 def test_a_dry_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     sizes = {"output-len": 6, "input-len": 5, "speed-prompts": 2, "quality-prompts": 2, "max-tokens": 6}
@@ -234,6 +252,9 @@ def test_a_dry_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     always, never = found["settings"]
     assert always["quality"]["share_at_exit"] == {"2": 1, "4": 0, "6": 0}
     assert never["quality"]["share_at_exit"] == {"2": 0, "4": 0, "6": 1}
+    # Two answers of six tokens, the first of which is prefill's.
+    assert [(one["tokens_asked"], one["share_left"]) for one in always["exits"]] == [(10, 1), (0, None)]
+    assert [one["tokens_asked"] for one in never["exits"]] == [0, 0]
     assert (never["quality"]["agreement"], never["quality"]["identical"]) == (1, 1)
     assert always["quality"]["agreement"] < 1
     assert found["full_depth"]["quality"]["mean_exit_layer"] == 6
@@ -258,5 +279,8 @@ def test_a_dry_run_of_drawn_exits(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(replay["speed"]["2"]) == {"all"}
     one = replay["speed"]["2"]["all"]
     assert 2 < one["mean_exit_layer"] < 6
+    left = [found["tokens_left"] for found in replay["exits"]]
+    assert left == list(one["tokens_at_exit"].values())[:2]
+    assert [found["tokens_asked"] for found in replay["exits"]] == [8 * 39, 8 * 39 - left[0]]
     # Nobody leaves a step of this rule before the last of its rows is resolved.
     assert one["row_blocks_over_full_depth"] == one["blocks_run_over_full_depth"] > one["mean_exit_layer"] / 6

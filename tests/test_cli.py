@@ -317,6 +317,19 @@ def test_info(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = json.loads(result.stdout)
     assert found["exit_layers"] == list(EXITS)
     assert found["exit_head"] == "shared"
+    # A block: 2 norms, Q, O, K and V, an MLP of three matrices; asking an exit: the final norm and the output matrix.
+    model = found["model"]
+    hidden, queries = model["hidden_size"], model["n_heads"] * model["head_dim"]
+    kv = 2 * model["n_kv_heads"] * model["head_dim"]
+    block = hidden * (2 + 2 * queries + kv + 3 * model["intermediate_size"])
+    assert found["exit_costs"] == [
+        {
+            "layer": layer,
+            "blocks": pytest.approx(hidden * (model["vocab_size"] + 1) / block),
+            "blocks_without_logits": pytest.approx(hidden / block),
+        }
+        for layer in EXITS
+    ]
     assert found["parameters"] == sum(found["parameters_by_part"].values()) + 32  # and the last norm
     assert (found["stored_dtype"], found["served_dtype"]) == ("float32", "bfloat16")
     assert found["served_bytes"] == 2 * found["parameters"]
@@ -331,6 +344,7 @@ def test_info(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = run("info", checkpoint)
     assert table.exit_code == 0
     assert "1, 3, shared heads" in table.stdout
+    assert f"{hidden * (model['vocab_size'] + 1) / block:.2f} after 1" in table.stdout
     refused(run("info", checkpoint, "--dtype", "int4"), "int4")
     refused(run("info", checkpoint, "--page-size", "0"), "page_size")
     monkeypatch.setenv("EEJAX_KERNELS", "cuda")
