@@ -113,7 +113,7 @@ XLA_FFI_Error* eejax_head(XLA_FFI_CallFrame* call) {
   prepare_product(call, p);
   h.lanes = p->columns && VL % p->columns == 0 ? p->columns : (p->columns + VL - 1) / VL * VL;
   if (p->items) {
-    p->rows_of_item = MIN(p->rows_of_item, TILE_FLOATS / h.lanes);
+    p->rows_of_item = MIN(MAX(p->rows_of_item, 16), TILE_FLOATS / h.lanes);
     p->items = (p->rows + p->rows_of_item - 1) / p->rows_of_item;
   }
   int64_t size = parts->dims[0] / 4;

@@ -3,8 +3,8 @@ RMS norm of x's columns, SwiGLU's gate, a residual to add. The weight is read on
 
 Few columns: inner products along K, several rows of the weight against all columns at once (x is turned round first).
 More: panels of columns as wide as two vectors, every weight broadcast to them; panels are copied one behind another
-where x has more columns than one panel. Both keep a tile of results in registers through the whole of K. Many columns go
-to tiles.c where the processor has AMX.
+where x has more columns than one panel, and a few columns that are left over take inner products again. Both keep a tile
+of results in registers through the whole of K. Many columns go to tiles.c where the processor has AMX.
 
 Where only some columns are computed, these are copied as if there were no others, and their results go to their places. */
 
@@ -35,7 +35,36 @@ INLINE int64_t stride_of(const Product* p) { return p->depth + VL; }
 /* x is used as it lies if it is one column or one whole panel, and has no norm. */
 INLINE int copies(const Product* p) {
   if (p->norm || p->list) return 1;
-  return p->columns <= NARROW ? p->columns != 1 : p->columns != VL && p->columns != PANEL;
+  return p->columns <= NARROW ? p->width != 1 : p->columns != VL && p->columns != PANEL;
+}
+
+/* Columns that are left over behind whole vectors, where they are so few that another vector would be mostly empty. */
+INLINE int64_t left_over(const Product* p) {
+  int64_t left = p->columns % VL;
+  return p->columns > VL && left <= NARROW ? left : 0;
+}
+
+/* The product of these. */
+INLINE Product product_left(const Product* p) {
+  Product left = *p;
+  int64_t from = p->columns - (left.columns = left_over(p));
+  left.scratch += from * p->depth;
+  if (p->list)
+    left.list += from;
+  else
+    left.x += from;
+  return left;
+}
+
+/* From column `from` on, of those that are computed. */
+INLINE Out behind(Out out, int64_t from) {
+  if (out.list) {
+    out.list += from;
+  } else {
+    out.to += from;
+    if (out.add) out.add += from;
+  }
+  return out;
 }
 
 /* From row `o` on. */
@@ -237,18 +266,14 @@ PANEL_ROWS(wide_panel, TALL, 2, 1)
 PANEL_ROWS(next_panel, TALL, 2, 0)
 
 static void panel_rows(const Product* p, const float* weight, Out out, int64_t rows) {
-  for (int64_t from = 0; from < p->columns; from += PANEL) {
-    int64_t width = MIN(p->columns - from, PANEL);
+  Product left = product_left(p);
+  int64_t whole = p->columns - left.columns;
+  for (int64_t from = 0; from < whole; from += PANEL) {
+    int64_t width = MIN(whole - from, PANEL);
     const float* x = copies(p) ? p->scratch + from * p->depth : p->x;
-    Out panel = out;
-    if (out.list) {
-      panel.list += from;
-    } else {
-      panel.to += from;
-      if (out.add) panel.add += from;
-    }
-    (width <= VL ? slim_panel : from ? next_panel : wide_panel)(p, weight, x, panel, rows, width);
+    (width <= VL ? slim_panel : from ? next_panel : wide_panel)(p, weight, x, behind(out, from), rows, width);
   }
+  if (left.columns) narrow_rows[left.columns - 1](&left, weight, behind(out, whole), rows);
 }
 
 /* `width` columns of a line of x, filled up with zeros. */
@@ -266,7 +291,8 @@ INLINE void copy_line(float* to, const float* x, int64_t width, int n, vec* sums
 /* Some panels of x, normed if they are to be, filled up with zeros. */
 static void copy_panels(int64_t item, void* argument) {
   const Product* p = argument;
-  int64_t begin = item * GROUP * PANEL, end = MIN(begin + GROUP * PANEL, p->columns), depth = p->depth;
+  int64_t all = p->columns - left_over(p), begin = item * GROUP * PANEL, end = MIN(begin + GROUP * PANEL, all);
+  int64_t depth = p->depth;
   int64_t whole = (end - begin) / PANEL, left = (end - begin) % PANEL;
   float *to = p->scratch + begin * depth, *rest = to + whole * PANEL * depth;
   vec sums[GROUP * 2] = {{0}};
@@ -314,12 +340,15 @@ void choose_columns(Product* p, const XLA_FFI_Buffer* active, int32_t* list) {
 /* x to the scratch, in the form in which it is multiplied. */
 static void copy(const XLA_FFI_CallFrame* call, Product* p) {
   if (!p->columns) return;
-  if (is_tiled(p))
+  if (is_tiled(p)) {
     tile_columns(call, p);
-  else if (copies(p) && p->columns <= NARROW)
+  } else if (copies(p) && p->columns <= NARROW) {
     turns[p->columns - 1](p);
-  else if (copies(p))
+  } else if (copies(p)) {
     parallel_for(call, (p->columns + GROUP * PANEL - 1) / (GROUP * PANEL), copy_panels, p);
+    Product left = product_left(p);
+    if (left.columns) turns[left.columns - 1](&left);
+  }
 }
 
 static void divide(const XLA_FFI_CallFrame* call, Product* p) {
