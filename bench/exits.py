@@ -3,7 +3,8 @@
 Quality: greedy answers to a file of prompts, beside those of full depth. Speed: full batches of fixed length at each
 batch size, at full depth and under two rules, by turns in one process over the same weights. `rows` is eejax's own rule
 (unresolved rows go on by themselves, where that pays); `all` is the one of Miao et al. (arXiv 2407.20272): a step ends
-when all its rows are resolved. With `--replay` exits are drawn, and only speed is measured.
+when all its rows are resolved. With `--replay` exits are drawn, and only speed is measured. The ideal of a setting with
+a gate counts every head, asked or not.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from eejax.config import ModelConfig
 from eejax.errors import ConfigError, ExitCostWarning
 from eejax.exit_cost import asked_and_left, exit_costs
 from eejax.exits import NEEDS_LOGITS
-from eejax.params import Measure
+from eejax.params import LOGIT_MEASURES, Measure
 from eejax.request import PromptLike
 from eejax.tuning_data import read_documents, text_bytes
 
@@ -78,6 +79,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--measures", type=words(MEASURES), help=f"some of {','.join(MEASURES)} (all the model has)")
     found.add_argument(
         "--thresholds", type=numbers, metavar="T,T", help="of every measure (a grid of its own for each)"
+    )
+    found.add_argument(
+        "--gates", type=numbers, default=(0.0,), metavar="G,G", help="of softmax and margin; 0 asks every head (0)"
     )
     add_replay(found)
     found.add_argument(
@@ -119,13 +123,19 @@ def settings_of(args: argparse.Namespace, config: ModelConfig) -> list[EarlyExit
     else:
         measures: Sequence[Measure] = args.measures or [m for m in MEASURES if m != "classifier" or config.exits.probes]
         found = [
-            EarlyExitParams(threshold, measure)
+            EarlyExitParams(threshold, measure, gate=gate)
             for measure in measures
             for threshold in sorted(set(args.thresholds or GRIDS[measure]))
+            for gate in (args.gates if measure in LOGIT_MEASURES else (0.0,))
         ]
     for one in found:
         one.thresholds_for(config)
     return found
+
+
+def label_of(one: EarlyExitParams) -> str:
+    """How a setting is called in tables."""
+    return f"{one.measure} {one.threshold:g}" + (f", gate {one.gate:g}" if one.gate else "")
 
 
 def make_prompts(args: argparse.Namespace, llm: LLM) -> list[PromptLike]:
@@ -250,9 +260,10 @@ def main(arguments: list[str]) -> None:
     shares = ", ".join(f"{share:g}" for share in args.replay or ())
     rows = [
         {
-            "label": f"replay {shares}" if shares else f"{one.measure} {one.threshold:g}",
+            "label": f"replay {shares}" if shares else label_of(one),
             "measure": one.measure,
             "threshold": one.threshold,
+            "gate": one.gate,
             "exits": exits_of(config, one, (quality.get(one) or timed[i])["tokens_at_exit"]),
             "quality": quality.get(one),
             "speed": {batch: found["early_exit"][i] for batch, found in speed.items()},

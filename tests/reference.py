@@ -304,6 +304,11 @@ def generate(
         threshold = threshold_at(early_exit, config, layer, len(tokens), max_tokens)
         if math.isinf(threshold):
             return False
+        if early_exit.gate:
+            probe = confidence("classifier", seen)
+            confidence_margin = min(confidence_margin, abs(probe - early_exit.gate))
+            if probe < early_exit.gate:
+                return False
         found = confidence(early_exit.measure, seen)
         if threshold > 0:  # every confidence reaches 0, however it is rounded
             confidence_margin = min(confidence_margin, abs(found - threshold))

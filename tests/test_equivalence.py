@@ -11,6 +11,7 @@ import functools
 import gc
 import itertools
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from hypothesis import strategies as st
 
 from eejax.config import CacheConfig, DecodeConfig, EngineConfig, ModelConfig, SchedulerConfig
 from eejax.engine import Engine
-from eejax.errors import InvalidRequestError
+from eejax.errors import ConfigError, InvalidRequestError
 from eejax.params import DecayingThreshold, EarlyExitParams, SamplingParams
 from eejax.request import CompletionOutput, RequestOutput
 from tests.cases import CLEAR, SHAPES, Case, draw_case, exit_settings, random_model, random_prompt, thresholds_letting
@@ -233,6 +234,42 @@ def test_every_shape_equals_the_reference(shape, measure):
     cases += [draw_case(config, params, early_exit=e, prompt_length=9) for e in (None, EarlyExitParams(1.5, measure))]
     requests = [asked(case, logprobs=(None, 0)[i % 3 > 0]) for i, case in enumerate(cases)]
     assert_answers(serve(shared_engine(shape), requests), cases)
+
+
+def test_a_gate_asks_the_head_only_where_the_probe_says_so():
+    config, params = random_model("probes")
+    settings = [early_exit for _, early_exit, _ in exit_settings(config, params, "classifier")]
+    gates = [early_exit.threshold for early_exit in settings if isinstance(early_exit.threshold, float)]
+    gates = [gate for gate in gates if 0 < gate < 1]
+    asking = [EarlyExitParams(threshold, "margin", gate=gate) for gate in gates for threshold in (0.0, 0.05)]
+    cases = [draw_case(config, params, early_exit=early_exit, prompt_length=9) for early_exit in asking]
+    assert len({layer for case in cases for layer in case.expected.exit_layers}) > 1, "some pass, and some do not"
+    engine = shared_engine("probes")
+    assert_answers(serve(engine, [asked(case) for case in cases]), cases)
+    # No probability reaches 1: no exit's head is asked, which a threshold that nobody passes would ask.
+    before = engine.stats()
+    shut = draw_case(config, params, early_exit=EarlyExitParams(0.0, "softmax", gate=1.0), prompt_length=9)
+    assert_answers(serve(engine, [asked(shut)]), [shut])
+    after = engine.stats()
+    assert after.heads_run - before.heads_run == after.steps - before.steps > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"gate": 1.5}, "EarlyExitParams.gate must be a number in [0, 1], got 1.5"),
+        ({"gate": 0.5, "measure": "classifier"}, "softmax and margin, and this is 'classifier'"),
+        ({"gate": 0.5, "threshold": "calibrated"}, "certified without a gate"),
+    ],
+)
+def test_gates_that_mean_nothing_are_refused(options, part):
+    with pytest.raises(ConfigError, match=re.escape(part)):
+        EarlyExitParams(**options)
+
+
+def test_a_gate_needs_probes():
+    with pytest.raises(InvalidRequestError, match=r"gate 0\.5 needs a probe"):
+        EarlyExitParams(0.5, gate=0.5).thresholds_for(random_model("gqa")[0])
 
 
 def test_no_exits_at_all():
