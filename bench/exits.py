@@ -80,9 +80,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "--thresholds", type=numbers, metavar="T,T", help="of every measure (a grid of its own for each)"
     )
-    found.add_argument(
-        "--gates", type=numbers, default=(0.0,), metavar="G,G", help="of softmax and margin; 0 asks every head (0)"
-    )
+    add_gates(found)
     add_replay(found)
     found.add_argument(
         "--batch-rule", choices=(*RULES, "both"), default="both", help="which rule to time (%(default)s)"
@@ -104,6 +102,13 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--num-iters", type=at_least(1), default=5, help="timed rounds of each cell (%(default)s)")
     found.add_argument("--plot", type=Path, metavar="FILE.png", help="draw agreement against speed-up (matplotlib)")
     return found
+
+
+def add_gates(found: argparse.ArgumentParser) -> None:
+    """The option `--gates`."""
+    found.add_argument(
+        "--gates", type=numbers, default=(0.0,), metavar="G,G", help="of softmax and margin; 0 asks every head (0)"
+    )
 
 
 def settings_of(args: argparse.Namespace, config: ModelConfig) -> list[EarlyExitParams]:

@@ -49,7 +49,7 @@ from bench.common import (
     text_prompts,
 )
 from bench.cost import ModelCost
-from bench.exits import PROMPTS, batch_sizes, settings_of
+from bench.exits import PROMPTS, add_gates, batch_sizes, label_of, settings_of
 from bench.rounds import request_params
 from bench.schedule import words
 from bench.shapes import shape
@@ -182,6 +182,7 @@ def parser() -> argparse.ArgumentParser:
     add_decode_options(found)
     found.add_argument("--measures", type=words(MEASURES), help=f"some of {','.join(MEASURES)}, beside full depth")
     found.add_argument("--thresholds", type=numbers, metavar="T,T", help="of every measure")
+    add_gates(found)
     add_replay(found)
     found.add_argument("--batch-sizes", type=batch_sizes, default=(1, 32), metavar="B,B", help="requests at once")
     found.add_argument("--input-len", type=at_least(1), default=32, help="prompt tokens, with --random (%(default)s)")
@@ -197,7 +198,7 @@ def modes_of(args: argparse.Namespace, config: ModelConfig) -> dict[str, EarlyEx
         raise ConfigError("--measures and --thresholds say together who leaves: both must be given, or neither")
     if args.measures is not None or args.replay is not None:
         for one in settings_of(argparse.Namespace(**vars(args), plot=None, text=None), config):
-            found["replay" if args.replay else f"{one.measure} {one.threshold:g}"] = one
+            found["replay" if args.replay else label_of(one)] = one
     return found
 
 
