@@ -22,7 +22,6 @@ BY_TARGET = {
     "eejax_paged_attention": "attention",
     "eejax_write": "kv_write",
     "eejax_head": "heads",
-    "eejax_argmax": "sampling",
 }
 """Part of a custom call that stands in no scope."""
 _WRAPPED = re.compile(r"^((?:vmap|jvp|transpose)\()+(.*?)\)+$")
