@@ -14,7 +14,7 @@ CLEANING = " 'nvr"
 """What may still change at the end of a text that is cleaned up: replacements such as that of " n't" begin so."""
 
 WINDOW = 32
-"""Tokens decoded again for each new one, at the most as a rule."""
+"""Tokens decoded again for those that are new, at the most as a rule."""
 
 
 class Decoder(Protocol):
@@ -49,10 +49,12 @@ class Detokenizer:
 
     Attributes:
         stopped: the stop string that was completed, None while there is none. Tokens after it change nothing.
+        num_tokens: tokens taken, the one that completed `stopped` being the last.
     """
 
     def __init__(self, tokenizer: Decoder, stop: tuple[str, ...] = ()) -> None:
         self.stopped: str | None = None
+        self.num_tokens = 0
         self._tokenizer = tokenizer
         self._cleaning = CLEANING if tokenizer.cleans_up else ""
         self._stop = stop
@@ -73,21 +75,27 @@ class Detokenizer:
         self._shown = ["".join(self._shown)]
         return self._shown[0]
 
-    def append(self, token_id: int) -> str:
-        """Take one more token; returns the text that can now be shown, often empty or longer than the token's own."""
-        if self._done:
+    def append(self, *token_ids: int) -> str:
+        """Take some more tokens; returns the text that can now be shown, often empty or longer than their own.
+
+        Several tokens cost as much as one, unless a stop string or a broken character is among them.
+        """
+        if self._done or not token_ids:
             return ""
-        self._window.append(token_id)
-        text = self._tokenizer.decode(self._window)
+        text = self._tokenizer.decode([*self._window, *token_ids])
+        if len(token_ids) > 1 and not self._is_plain(text):
+            return "".join(self.append(token) for token in token_ids)
+        self.num_tokens += len(token_ids)
         if text != self._text:
             self._silent = []
-        elif self._silent.count(token_id) < 2:
-            self._silent.append(token_id)
+            self._window.extend(token_ids)
         else:
             # Special tokens without end must not fill the window. Bytes may leave the text as it is too (a decoder
             # that shows one replacement character for three bytes), but not three times the same.
-            self._window.pop()
-            return ""
+            for token in token_ids:
+                if self._silent.count(token) < 2:
+                    self._silent.append(token)
+                    self._window.append(token)
         self._text = text
         undecided = min(MAX_UNDECIDED, len(text) - len(text.rstrip(REPLACEMENT)))
         undecided = undecided or len(text) - len(text.rstrip(self._cleaning))
@@ -111,6 +119,13 @@ class Detokenizer:
             shown += self._held
         self._done = True
         return shown
+
+    def _is_plain(self, text: str) -> bool:
+        """Whether the window's text may become this one at once: neither broken characters nor stop strings are new."""
+        new = text[len(self._taken) :]
+        if not text.startswith(self._taken) or REPLACEMENT in new:
+            return False
+        return not any(stop in self._held + new for stop in self._stop)
 
     def _slide(self) -> None:
         """Drop about the older half of the window, if what is left still tells what follows."""

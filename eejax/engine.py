@@ -309,12 +309,9 @@ class Engine:
         detokenizer = self._detokenizers.get(seq)
         if detokenizer is None:
             return
-        kept = len(seq.output_token_ids) - len(new)
-        for count, token in enumerate(new, start=1):
-            detokenizer.append(token)
-            if detokenizer.stopped:
-                seq.truncate(kept + count)
-                break
+        detokenizer.append(*new)
+        if detokenizer.stopped:
+            seq.truncate(detokenizer.num_tokens)
         if seq.finish_reason is not None:
             detokenizer.finish()  # what was held back may complete a stop string, too
         if detokenizer.stopped:

@@ -269,6 +269,24 @@ def test_the_deltas_make_up_the_decoded_text_where_bytes_make_up_characters(name
     assert (shown + detokenizer.finish(), detokenizer.stopped) == (text, stopped)
 
 
+@every_tokenizer
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_tokens_that_come_several_at_once_stop_where_single_ones_do(name, data):
+    tok = tokenizer(name)
+    ids = data.draw(token_ids(name))
+    stop = stops_in(data.draw, tok.decode(ids))
+    single, several = Detokenizer(tok, stop), Detokenizer(tok, stop)
+    rest = list(ids)
+    while rest:
+        group = [rest.pop(0) for _ in range(data.draw(st.integers(1, len(rest))))]
+        shown = [single.append(token) for token in group]
+        assert several.append(*group) == "".join(shown)
+        assert (several.num_tokens, several.stopped) == (single.num_tokens, single.stopped)
+    assert several.finish() == single.finish()
+    assert several.stopped == single.stopped
+
+
 @pytest.mark.parametrize("name", FOLDER_NAMES)
 def test_a_thousand_strings_stream_as_they_decode(name):
     tok = tokenizer(name)
@@ -478,3 +496,13 @@ def test_cost_of_a_token_does_not_grow_with_the_text(name, what):
     assert stream(detokenizer, ids) == tok.decode(ids)
     assert counting.most <= 3 * WINDOW
     assert counting.tokens <= len(ids) * 2 * WINDOW
+    counting, rest = Counting(tok), ids
+    detokenizer = Detokenizer(counting)
+    while rest:
+        detokenizer.append(*rest[:WINDOW])
+        rest = rest[WINDOW:]
+    assert detokenizer.text + detokenizer.finish() == tok.decode(ids)
+    if what in ("text", "specials"):  # the others have broken characters in every group
+        assert (
+            counting.tokens <= len(ids) * 8
+        )  # a few windows a group, and single tokens where one ends within a character

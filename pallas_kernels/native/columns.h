@@ -5,27 +5,33 @@
 
 #include "kernels.h"
 
+/* Columns that are brought together at once. */
+#define PANEL (2 * VL)
+
 #if defined(__AVX512F__)
 
-/* Up to 64 columns, by the vectors of a row in which they stand. */
+/* Up to a panel of columns, by the vectors of a row in which they stand. */
 typedef struct {
   int count;
-  int32_t base[64];
-  uint8_t first[64]; /* How many stand before those of this vector. */
-  uint16_t mask[64];
+  int32_t base[PANEL];
+  uint8_t first[PANEL]; /* How many stand before those of this vector. */
+  uint16_t mask[PANEL];
+  ivec from[PANEL]; /* Where in the panel those of this vector stand. */
 } Columns;
 
 INLINE void find_columns(Columns* found, const int32_t* list, int64_t count) {
   found->count = 0;
   for (int64_t i = 0; i < count;) {
     int n = found->count++;
-    int32_t base = list[i] / VL * VL;
+    int32_t base = list[i] / VL * VL, from[VL] = {0};
     found->base[n] = base, found->first[n] = (uint8_t)i, found->mask[n] = 0;
-    for (; i < count && list[i] < base + VL; i++) found->mask[n] |= (uint16_t)(1 << (list[i] - base));
+    for (; i < count && list[i] < base + VL; i++)
+      found->mask[n] |= (uint16_t)(1 << (list[i] - base)), from[list[i] - base] = (int32_t)i;
+    found->from[n] = *(ivec*)from;
   }
 }
 
-/* `to` has room for one vector more than there are columns. */
+/* `to` has room for one vector more than there are columns: zeros stand there then. */
 INLINE void gather_columns(float* to, const float* row, const Columns* columns) {
   for (int n = 0; n < columns->count; n++) {
     __mmask16 some = columns->mask[n];
@@ -34,10 +40,11 @@ INLINE void gather_columns(float* to, const float* row, const Columns* columns) 
   }
 }
 
-INLINE void scatter_columns(float* row, const float* add, const float* from, const Columns* columns) {
+/* `from`: the panel's vectors. */
+INLINE void scatter_columns(float* row, const float* add, const vec* from, int vectors, const Columns* columns) {
   for (int n = 0; n < columns->count; n++) {
     __mmask16 some = columns->mask[n];
-    __m512 value = _mm512_maskz_expandloadu_ps(some, from + columns->first[n]);
+    __m512 value = _mm512_permutex2var_ps((__m512)from[0], (__m512i)columns->from[n], (__m512)from[vectors - 1]);
     if (add) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(some, add + columns->base[n]));
     _mm512_mask_storeu_ps(row + columns->base[n], some, value);
   }
@@ -58,10 +65,12 @@ INLINE void gather_columns(float* to, const float* row, const Columns* columns) 
   for (int64_t i = 0; i < columns->count; i++) to[i] = row[columns->list[i]];
 }
 
-INLINE void scatter_columns(float* row, const float* add, const float* from, const Columns* columns) {
+INLINE void scatter_columns(float* row, const float* add, const vec* from, int vectors, const Columns* columns) {
+  float line[PANEL];
+  for (int i = 0; i < vectors; i++) store(line + i * VL, from[i]);
   for (int64_t i = 0; i < columns->count; i++) {
     int32_t at = columns->list[i];
-    row[at] = add ? add[at] + from[i] : from[i];
+    row[at] = add ? add[at] + line[i] : line[i];
   }
 }
 

@@ -63,7 +63,9 @@ static void item(int64_t number, void* argument) {
   int64_t begin = number * p->rows_of_item, rows = MIN(p->rows_of_item, p->rows - begin);
   int64_t lanes = h->lanes, n = p->columns, several = lanes < VL ? VL / lanes : 1;
   float tile[TILE_FLOATS + VL];
-  product_rows(p, p->weight + begin * p->depth, (Out){.to = tile, .stride = lanes}, rows);
+  Out out = {.to = tile, .stride = lanes, .spare = lanes % VL == 0};
+  const float* weight = p->weight + begin * p->depth;
+  product_rows(p, weight, out, rows, weight + rows * p->depth);
   for (int64_t i = rows * lanes; i < rows * lanes + VL; i++) tile[i] = -INFINITY;
   for (int64_t c = 0; h->wanted && c < n; c++) {
     int64_t column = p->list ? p->list[c] : c;

@@ -13,11 +13,10 @@ Where only some columns are computed, these are copied as if there were no other
 #include "columns.h"
 #include "product.h"
 
-/* Columns up to which inner products are used: a panel would be mostly empty. */
+/* Columns up to which inner products are used: a panel would be mostly empty. Behind whole vectors another vector is
+there to be had for less, the weight being in the cache. */
 #define NARROW 8
-#define PANEL (2 * VL)
-/* Panels that are copied together, so that longer runs of x's rows are read. */
-#define GROUP 2
+#define FEW_LEFT 4
 /* Bytes of weight of one work item: fits the second-level cache beside a panel of x. */
 #define ITEM_BYTES (256 * 1024)
 /* A tile of panels holds TALL x 2 vectors or TALLER x 1. */
@@ -41,7 +40,13 @@ INLINE int copies(const Product* p) {
 /* Columns that are left over behind whole vectors, where they are so few that another vector would be mostly empty. */
 INLINE int64_t left_over(const Product* p) {
   int64_t left = p->columns % VL;
-  return p->columns > VL && left <= NARROW ? left : 0;
+  return p->columns > VL && left <= FEW_LEFT ? left : 0;
+}
+
+/* Floats from one row of results to the next, so that vectors fit wherever panels write them. */
+INLINE int64_t spacious(const Product* p) {
+  int64_t left = p->columns <= NARROW ? p->columns : left_over(p);
+  return (p->columns - left + VL - 1) / VL * VL + left;
 }
 
 /* The product of these. */
@@ -76,6 +81,40 @@ INLINE Out below(Out out, int64_t o) {
 
 /* --- few columns --- */
 
+#if defined(__AVX512F__)
+/* Halves that pairs of vectors keep of their sums; four rounds, and each lane is the sum of a vector. */
+INLINE vec halves(vec a, vec b, int distance) {
+  static const int32_t lanes[4][2][16] = {
+      {{0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23}, {8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31}},
+      {{0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27}, {4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31}},
+      {{0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29}, {2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31}},
+      {{0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30}, {1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31}}};
+  __m512i low = _mm512_loadu_si512(lanes[distance][0]), high = _mm512_loadu_si512(lanes[distance][1]);
+  return (vec)_mm512_permutex2var_ps((__m512)a, low, (__m512)b) + (vec)_mm512_permutex2var_ps((__m512)a, high, (__m512)b);
+}
+
+/* The sums of `count` vectors. */
+INLINE void sums_of(float* to, vec* sums, int count) {
+#pragma GCC unroll 2
+  for (int from = 0; from < count; from += VL) {
+    vec v[VL];
+#pragma GCC unroll 16
+    for (int i = 0; i < VL; i++) v[i] = from + i < count ? sums[from + i] : (vec){0};
+#pragma GCC unroll 4
+    for (int round = 0, half = 8; round < 4; round++, half /= 2)
+#pragma GCC unroll 8
+      for (int i = 0; i < half; i++)
+        if (from + i < count) v[i] = halves(v[i], v[i + half], round);
+    store(to + from, v[0]);
+  }
+}
+#else
+INLINE void sums_of(float* to, vec* sums, int count) {
+#pragma GCC unroll 32
+  for (int i = 0; i < count; i++) to[i] = sum_of(sums[i]);
+}
+#endif
+
 /* `m` rows of the weight by `n` columns of x, turned round. */
 INLINE void inner_products(
     const float* weight,
@@ -105,36 +144,40 @@ INLINE void inner_products(
       for (int r = 0; r < m; r++) sums[r * n + c] += w[r] * column;
     }
   }
+  float totals[REGISTERS];
+  sums_of(totals, sums, m * n);
+  for (; k < depth; k++)
+#pragma GCC unroll 32
+    for (int i = 0; i < m * n; i++) totals[i] += weight[i / n * depth + k] * x[i % n * stride + k];
 #pragma GCC unroll 32
   for (int r = 0; r < m; r++)
 #pragma GCC unroll 32
     for (int c = 0; c < n; c++) {
-      float sum = sum_of(sums[r * n + c]);
-      for (int64_t rest = k; rest < depth; rest++) sum += weight[r * depth + rest] * x[c * stride + rest];
       int64_t at = r * out.stride + (out.list ? out.list[c] : c);
-      out.to[at] = out.add ? out.add[at] + sum : sum;
+      out.to[at] = out.add ? out.add[at] + totals[r * n + c] : totals[r * n + c];
     }
 }
 
 /* The n columns of x one behind another, normed if they are to be. */
 INLINE void turn(const Product* p, int n) {
-  int64_t depth = p->depth, stride = stride_of(p);
-  /* Four sums a column, so that one addition does not wait for the last. */
-  float sums[4][NARROW] = {{0}};
+  int64_t depth = p->depth, width = p->width, stride = stride_of(p), places[NARROW];
+  const float* x = p->x;
+  float* to = p->scratch;
+  for (int c = 0; c < n; c++) places[c] = p->list ? p->list[c] : c;
   for (int64_t k = 0; k < depth; k++)
 #pragma GCC unroll 8
-    for (int c = 0; c < n; c++) {
-      float value = p->x[k * p->width + (p->list ? p->list[c] : c)];
-      sums[k % 4][c] += value * value;
-      p->scratch[c * stride + k] = value;
-    }
-  if (!p->norm) return;
-  for (int c = 0; c < n; c++) {
-    float factor = 1 / sqrtf((sums[0][c] + sums[1][c] + sums[2][c] + sums[3][c]) / depth + p->eps);
-    float* column = p->scratch + c * stride;
+    for (int c = 0; c < n; c++) to[c * stride + k] = x[k * width + places[c]];
+  for (int c = 0; p->norm && c < n; c++, to += stride) {
+    vec sums[4] = {{0}};
     int64_t k = 0;
-    for (; k + VL <= depth; k += VL) store(column + k, load(column + k) * splat(factor) * load(p->norm + k));
-    for (; k < depth; k++) column[k] *= factor * p->norm[k];
+    for (; k + 4 * VL <= depth; k += 4 * VL)
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) sums[i] += load(to + k + i * VL) * load(to + k + i * VL);
+    float sum = sum_of((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    for (; k < depth; k++) sum += to[k] * to[k];
+    float factor = 1 / sqrtf(sum / depth + p->eps);
+    for (k = 0; k + VL <= depth; k += VL) store(to + k, load(to + k) * splat(factor) * load(p->norm + k));
+    for (; k < depth; k++) to[k] *= factor * p->norm[k];
   }
 }
 
@@ -143,13 +186,14 @@ typedef void Turn(const Product* p);
 #define NARROW_TILES(m, n)                                                                                   \
   for (; o + m <= rows; o += m)                                                                              \
     inner_products(weight + o * depth, x, below(out, o), depth, stride, m, n);
-#define NARROW_ROWS(n, m)                                                                       \
-  static void turn_##n(const Product* p) { turn(p, n); }                                        \
-  static void narrow_##n(const Product* p, const float* weight, Out out, int64_t rows) {        \
-    const float* x = copies(p) ? p->scratch : p->x;                                             \
-    int64_t o = 0, depth = p->depth, stride = stride_of(p);                                     \
-    NARROW_TILES(m, n)                                                                          \
-    NARROW_TILES(1, n)                                                                          \
+#define NARROW_ROWS(n, m)                                                                                     \
+  static void turn_##n(const Product* p) { turn(p, n); }                                                      \
+  static void narrow_##n(const Product* p, const float* weight, Out out, int64_t rows, const float* next) {   \
+    (void)next;                                                                                               \
+    const float* x = copies(p) ? p->scratch : p->x;                                                           \
+    int64_t o = 0, depth = p->depth, stride = stride_of(p);                                                   \
+    NARROW_TILES(m, n)                                                                                        \
+    NARROW_TILES(1, n)                                                                                        \
   }
 #if REGISTERS == 32
 NARROW_ROWS(1, 8)
@@ -177,7 +221,7 @@ static Rows* const narrow_rows[] = {
 /* --- panels --- */
 
 /* `m` rows of the weight by a panel of `n` vectors, of which `width` columns exist; `places` are theirs in `out`, where it
-has a list. `fetch`: the weight is not in the cache yet. */
+has a list. `ahead`: what comes next, if it is not in the cache yet. */
 INLINE void broadcast_products(
     const float* weight,
     const float* x,
@@ -187,15 +231,13 @@ INLINE void broadcast_products(
     int64_t width,
     int m,
     int n,
-    int fetch) {
+    const float* ahead) {
   vec sums[REGISTERS];
   int64_t stride = n * VL, whole = depth / VL * VL;
 #pragma GCC unroll 32
   for (int i = 0; i < m * n; i++) sums[i] = (vec){0};
   /* A block of VL columns of the weight is copied aside before it is broadcast: its lines are read once and whole. */
-  float staged[2][REGISTERS * VL];
-  /* The next tile lies behind this one; line by line in order, so that the processor's own prefetching joins in. */
-  const float* ahead = weight + m * depth;
+  _Alignas(64) float staged[2][REGISTERS * VL];
   if (whole)
 #pragma GCC unroll 32
     for (int r = 0; r < m; r++) store(staged[0] + r * VL, load(weight + r * depth));
@@ -209,7 +251,7 @@ INLINE void broadcast_products(
     for (int k = 0; k < VL; k++) {
       vec row[2];
       /* m lines a block, spread over it. */
-      if (fetch)
+      if (ahead)
 #pragma GCC unroll 2
         for (int line = k * m / VL; line < (k + 1) * m / VL; line++)
           __builtin_prefetch(ahead + block * m + line * VL, 0, 2);
@@ -228,103 +270,123 @@ INLINE void broadcast_products(
     for (int r = 0; r < m; r++)
 #pragma GCC unroll 2
       for (int c = 0; c < n; c++) sums[r * n + c] += splat(weight[r * depth + k]) * load(x + k * stride + c * VL);
-  int is_whole = width == n * VL && !out.list;
 #pragma GCC unroll 32
   for (int r = 0; r < m; r++) {
-    float line[PANEL];
-    float* to = is_whole ? out.to + r * out.stride : line;
+    float* to = out.to + r * out.stride;
     const float* add = out.add ? out.add + r * out.stride : NULL;
-    if (is_whole && add)
-#pragma GCC unroll 2
-      for (int c = 0; c < n; c++) sums[r * n + c] += load(add + c * VL);
-#pragma GCC unroll 2
-    for (int c = 0; c < n; c++) store(to + c * VL, sums[r * n + c]);
-    if (is_whole) continue;
     if (out.list) {
-      scatter_columns(out.to + r * out.stride, add, line, places);
+      scatter_columns(to, add, sums + r * n, n, places);
+    } else if (width == n * VL || out.spare) {
+#pragma GCC unroll 2
+      for (int c = 0; c < n; c++) {
+        vec sum = sums[r * n + c];
+        if (add) sum += load(add + c * VL);
+        store(to + c * VL, sum);
+      }
     } else {
+      float line[PANEL];
+#pragma GCC unroll 2
+      for (int c = 0; c < n; c++) store(line + c * VL, sums[r * n + c]);
       for (int64_t c = 0; add && c < width; c++) line[c] += add[c];
-      memcpy(out.to + r * out.stride, line, width * sizeof(float));
+      memcpy(to, line, width * sizeof(float));
     }
   }
 }
 
-#define PANEL_TILES(m, n, fetch) \
-  for (; o + m <= rows; o += m)  \
-    broadcast_products(weight + o * depth, x, below(out, o), &places, depth, width, m, n, fetch);
-#define PANEL_ROWS(name, tall, n, fetch)                                                                     \
-  static void name(const Product* p, const float* weight, const float* x, Out out, int64_t rows, int64_t width) { \
-    int64_t o = 0, depth = p->depth;                                                                         \
-    Columns places = {.count = 0};                                                                           \
-    if (out.list) find_columns(&places, out.list, width);                                                    \
-    PANEL_TILES(tall, n, fetch)                                                                              \
-    PANEL_TILES(4, n, fetch)                                                                                 \
-    PANEL_TILES(1, n, fetch)                                                                                 \
+#define PANEL_TILES(m, n, fetch)                                                                              \
+  for (; o + m <= rows; o += m) {                                                                             \
+    const float *tile = weight + o * depth, *ahead = o + m < rows ? tile + m * depth : next;                  \
+    broadcast_products(tile, x, below(out, o), &places, depth, width, m, n, fetch ? ahead : NULL);            \
+  }
+#define PANEL_ROWS(name, tall, n, fetch)                                                                      \
+  static void name(                                                                                           \
+      const Product* p, const float* weight, const float* x, Out out, int64_t rows, int64_t width,            \
+      const float* next) {                                                                                    \
+    int64_t o = 0, depth = p->depth;                                                                          \
+    Columns places = {.count = 0};                                                                            \
+    if (out.list) find_columns(&places, out.list, width);                                                     \
+    PANEL_TILES(tall, n, fetch)                                                                               \
+    PANEL_TILES(tall / 3, n, fetch)                                                                           \
+    PANEL_TILES(1, n, fetch)                                                                                  \
   }
 PANEL_ROWS(slim_panel, TALLER, 1, 1)
 PANEL_ROWS(wide_panel, TALL, 2, 1)
 PANEL_ROWS(next_panel, TALL, 2, 0)
 
-static void panel_rows(const Product* p, const float* weight, Out out, int64_t rows) {
+static void panel_rows(const Product* p, const float* weight, Out out, int64_t rows, const float* next) {
   Product left = product_left(p);
   int64_t whole = p->columns - left.columns;
   for (int64_t from = 0; from < whole; from += PANEL) {
     int64_t width = MIN(whole - from, PANEL);
     const float* x = copies(p) ? p->scratch + from * p->depth : p->x;
-    (width <= VL ? slim_panel : from ? next_panel : wide_panel)(p, weight, x, behind(out, from), rows, width);
+    (width <= VL ? slim_panel : from ? next_panel : wide_panel)(p, weight, x, behind(out, from), rows, width, next);
   }
-  if (left.columns) narrow_rows[left.columns - 1](&left, weight, behind(out, whole), rows);
+  if (left.columns) narrow_rows[left.columns - 1](&left, weight, behind(out, whole), rows, next);
 }
 
-/* `width` columns of a line of x, filled up with zeros. */
-INLINE void copy_line(float* to, const float* x, int64_t width, int n, vec* sums) {
-  float padded[PANEL] = {0};
-  if (width < n * VL) x = memcpy(padded, x, width * sizeof(float));
+/* RMS norm of a panel of `n` vectors. */
+INLINE void norm_panel(const Product* p, float* panel, int n) {
+  vec sums[2][2] = {{{0}}};
+  int64_t depth = p->depth;
+  for (int64_t k = 0; k < depth; k++)
+#pragma GCC unroll 2
+    for (int c = 0; c < n; c++) {
+      vec value = load(panel + (k * n + c) * VL);
+      sums[k % 2][c] += value * value;
+    }
 #pragma GCC unroll 2
   for (int c = 0; c < n; c++) {
-    vec value = load(x + c * VL);
-    sums[c] += value * value;
-    store(to + c * VL, value);
+    vec sum = sums[0][c] + sums[1][c];
+    for (int i = 0; i < VL; i++) sum[i] = 1 / sqrtf(sum[i] / depth + p->eps);
+    sums[0][c] = sum;
   }
+  for (int64_t k = 0; k < depth; k++)
+#pragma GCC unroll 2
+    for (int c = 0; c < n; c++) {
+      float* at = panel + (k * n + c) * VL;
+      store(at, load(at) * sums[0][c] * splat(p->norm[k]));
+    }
 }
 
-/* Some panels of x, normed if they are to be, filled up with zeros. */
-static void copy_panels(int64_t item, void* argument) {
-  const Product* p = argument;
-  int64_t all = p->columns - left_over(p), begin = item * GROUP * PANEL, end = MIN(begin + GROUP * PANEL, all);
+/* The columns of x from `begin` on, as a panel of `n` vectors, filled up with zeros. */
+INLINE void copy_panel(const Product* p, int64_t begin, int64_t width, int n) {
   int64_t depth = p->depth;
-  int64_t whole = (end - begin) / PANEL, left = (end - begin) % PANEL;
-  float *to = p->scratch + begin * depth, *rest = to + whole * PANEL * depth;
-  vec sums[GROUP * 2] = {{0}};
-  float line[(GROUP + 1) * PANEL];
+  float *to = p->scratch + begin * depth, line[PANEL + VL] = {0};
   Columns places = {.count = 0};
-  if (p->list) find_columns(&places, p->list + begin, end - begin);
-  for (int64_t k = 0; k < depth; k++) {
-    const float* x = p->x + k * p->width + begin;
-    if (p->list) gather_columns(line, p->x + k * p->width, &places), x = line;
-    for (int64_t i = 0; i < whole; i++) copy_line(to + (i * depth + k) * PANEL, x + i * PANEL, PANEL, 2, sums + i * 2);
-    if (left > VL) copy_line(rest + k * PANEL, x + whole * PANEL, left, 2, sums + whole * 2);
-    else if (left) copy_line(rest + k * VL, x + whole * PANEL, left, 1, sums + whole * 2);
+  if (p->list) find_columns(&places, p->list + begin, width);
+  for (int64_t k = 0; k < depth; k++, to += n * VL) {
+    const float* x = p->x + k * p->width;
+    if (p->list && k + 1 < depth) {
+      store(to + (n - 1) * VL, (vec){0});
+      gather_columns(to, x, &places);
+    } else if (!p->list && width == n * VL) {
+#pragma GCC unroll 2
+      for (int c = 0; c < n; c++) store(to + c * VL, load(x + begin + c * VL));
+    } else {
+      p->list ? gather_columns(line, x, &places) : (void)memcpy(line, x + begin, width * sizeof(float));
+#pragma GCC unroll 2
+      for (int c = 0; c < n; c++) store(to + c * VL, load(line + c * VL));
+    }
   }
-  if (!p->norm) return;
-  int64_t vectors = whole * 2 + (left + VL - 1) / VL;
-  for (int64_t c = 0; c < vectors; c++)
-    for (int i = 0; i < VL; i++) sums[c][i] = 1 / sqrtf(sums[c][i] / depth + p->eps);
-  for (int64_t c = 0; c < vectors; c += 2) {
-    int n = MIN(vectors - c, 2);
-    float* at = to + c * VL * depth;
-    for (int64_t k = 0; k < depth; k++, at += n * VL)
-      for (int i = 0; i < n; i++) store(at + i * VL, load(at + i * VL) * sums[c + i] * splat(p->norm[k]));
-  }
+  if (p->norm) norm_panel(p, p->scratch + begin * depth, n);
+}
+
+static void copy_columns(int64_t item, void* argument) {
+  const Product* p = argument;
+  int64_t begin = item * PANEL, width = MIN(p->columns - left_over(p) - begin, PANEL);
+  if (width <= VL)
+    copy_panel(p, begin, width, 1);
+  else
+    copy_panel(p, begin, width, 2);
 }
 
 /* --- work --- */
 
 INLINE int is_tiled(const Product* p) { return p->columns >= FEWEST_TILED && !p->list && tiles_usable(); }
 
-void product_rows(const Product* p, const float* weight, Out out, int64_t rows) {
+void product_rows(const Product* p, const float* weight, Out out, int64_t rows, const float* next) {
   Rows* run = p->columns <= NARROW ? narrow_rows[p->columns - 1] : is_tiled(p) ? tile_rows : panel_rows;
-  run(p, weight, out, rows);
+  run(p, weight, out, rows, next);
 }
 
 void choose_columns(Product* p, const XLA_FFI_Buffer* active, int32_t* list) {
@@ -345,7 +407,7 @@ static void copy(const XLA_FFI_CallFrame* call, Product* p) {
   } else if (copies(p) && p->columns <= NARROW) {
     turns[p->columns - 1](p);
   } else if (copies(p)) {
-    parallel_for(call, (p->columns + GROUP * PANEL - 1) / (GROUP * PANEL), copy_panels, p);
+    parallel_for(call, (p->columns - left_over(p) + PANEL - 1) / PANEL, copy_columns, p);
     Product left = product_left(p);
     if (left.columns) turns[left.columns - 1](&left);
   }
@@ -376,17 +438,17 @@ INLINE int same_columns(const Product* p, const Product* q) {
 
 /* SwiGLU: the gate's rows lie before those that it multiplies. Both stand together until they go to their places. */
 static void gated_rows(const Product* p, int64_t begin, int64_t rows) {
-  int64_t n = p->columns, i = 0, count = rows * n;
+  int64_t n = p->list ? spacious(p) : p->columns, i = 0, count = rows * n;
   float *gates = p->gates + begin * n, *values = p->list ? gates + p->rows * n : p->out + begin * n;
-  product_rows(p, p->weight + begin * p->depth, (Out){.to = gates, .stride = n}, rows);
-  product_rows(p, p->weight + (p->rows + begin) * p->depth, (Out){.to = values, .stride = n}, rows);
+  product_rows(p, p->weight + begin * p->depth, (Out){.to = gates, .stride = n, .spare = p->list != NULL}, rows, p->weight + (p->rows + begin) * p->depth);
+  product_rows(p, p->weight + (p->rows + begin) * p->depth, (Out){.to = values, .stride = n, .spare = p->list != NULL}, rows, p->weight + (begin + rows) * p->depth);
   for (; i + VL <= count; i += VL) store(values + i, silu(load(gates + i)) * load(values + i));
   for (; i < count; i++) values[i] *= silu(splat(gates[i]))[0];
-  for (int64_t from = 0; p->list && from < n; from += PANEL) {
+  for (int64_t from = 0; p->list && from < p->columns; from += PANEL) {
     Columns places;
-    find_columns(&places, p->list + from, MIN(n - from, PANEL));
+    find_columns(&places, p->list + from, MIN(p->columns - from, PANEL));
     for (int64_t r = 0; r < rows; r++)
-      scatter_columns(p->out + (begin + r) * p->width, NULL, values + r * n + from, &places);
+      scatter_columns(p->out + (begin + r) * p->width, NULL, (vec*)(values + r * n + from), 2, &places);
   }
 }
 
@@ -400,7 +462,7 @@ static void item(int64_t number, void* argument) {
   }
   int64_t at = begin * p->width;
   Out out = {p->out + at, p->residual ? p->residual + at : NULL, p->width, p->list};
-  product_rows(p, p->weight + begin * p->depth, out, rows);
+  product_rows(p, p->weight + begin * p->depth, out, rows, p->weight + (begin + rows) * p->depth);
 }
 
 /* Operands weight, x, norm (of no elements where there is none), residual (likewise), active (of no elements where all
@@ -430,7 +492,7 @@ XLA_FFI_Error* eejax_linear(XLA_FFI_CallFrame* call) {
   other->weight = second->data, other->out = result(call, 1)->data, other->rows = second->dims[0];
   if (*(const int64_t*)attribute(call, 1)) {
     p->gates = p->scratch;
-    p->scratch += (active->dims[0] ? 2 : 1) * p->rows * p->width;
+    p->scratch += p->rows * (active->dims[0] ? 2 * ((p->width + PANEL - 1) / PANEL * PANEL) : p->width);
   }
   choose_columns(p, active, lists);
   prepare_product(call, p);

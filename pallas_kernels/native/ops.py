@@ -75,8 +75,11 @@ def linear_pair(
 
 def _scratch_floats(depth: int, count: int) -> int:
     """A float of x, or three bfloat16, and a column's end, for each column."""
-    columns, column = -(-count // PANEL) * PANEL, -(-depth // PANEL) * PANEL * 3 // 2 + PANEL
-    return columns * column
+    return _padded(count) * (_padded(depth) * 3 // 2 + PANEL)
+
+
+def _padded(size: int) -> int:
+    return -(-size // PANEL) * PANEL
 
 
 def _call_linear(
@@ -95,7 +98,7 @@ def _call_linear(
     # Columns of a second product, and results of a gated one, stand by themselves where not all are computed.
     parts = 1 if active is None else 2
     scratch = _scratch_floats(depth, count) * (parts if second is not None else 1)
-    scratch += parts * rows * count if gated else 0
+    scratch += rows * (count if active is None else 2 * _padded(count)) if gated else 0
     others = 0 if second is None else second.shape[0]
     shapes = [(rows, count), (others, count), (scratch + 2 * count,)]
     aliases = None if active is None or residual is None else {3: 0}

@@ -16,16 +16,17 @@ typedef struct {
 } Product;
 
 /* Where results of a product go: to rows `stride` apart, into the columns that `list` names (NULL: into the first ones),
-with what stands at the same places of `add` added. */
+with what stands at the same places of `add` added. `spare`: rows are followed by room for whole vectors. */
 typedef struct {
   float* to;
   const float* add;
   int64_t stride;
   const int32_t* list;
+  int spare;
 } Out;
 
-/* `rows` of weight @ x, the weight given from the first one on. */
-typedef void Rows(const Product* p, const float* weight, Out out, int64_t rows);
+/* `rows` of weight @ x, the weight given from the first one on; what is asked for `next` is fetched already. */
+typedef void Rows(const Product* p, const float* weight, Out out, int64_t rows, const float* next);
 
 /* Of which columns `active` (of no elements: all) is not zero; the list is written to `list`, `width` integers. */
 void choose_columns(Product* p, const XLA_FFI_Buffer* active, int32_t* list);

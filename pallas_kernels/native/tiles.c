@@ -207,7 +207,7 @@ static bf16* room_for(int64_t bytes) {
   return room;
 }
 
-void tile_rows(const Product* p, const float* weight, Out out, int64_t rows) {
+void tile_rows(const Product* p, const float* weight, Out out, int64_t rows, const float* next) {
   _Alignas(64) float sums[4 * SIDE * SIDE];
   int64_t blocks = blocks_of(p), tile = blocks * BLOCK_PARTS;
   bf16* kept = room_for((rows + 2 * SIDE - 1) / (2 * SIDE) * 2 * tile * (int64_t)sizeof(bf16));
@@ -239,8 +239,8 @@ void tile_rows(const Product* p, const float* weight, Out out, int64_t rows) {
 
 int tiles_usable(void) { return 0; }
 void tile_columns(const XLA_FFI_CallFrame* call, const Product* p) { (void)call, (void)p; }
-void tile_rows(const Product* p, const float* weight, Out out, int64_t rows) {
-  (void)p, (void)weight, (void)out, (void)rows;
+void tile_rows(const Product* p, const float* weight, Out out, int64_t rows, const float* next) {
+  (void)p, (void)weight, (void)out, (void)rows, (void)next;
 }
 
 #endif
