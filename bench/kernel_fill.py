@@ -216,7 +216,7 @@ def _full_step(config: ModelConfig, count: int) -> Step[State, dict[str, Any]]:
         cache, total = state
         model = bind(config, data["params"])
         positions, table = data["positions"], data["page_table"]
-        slots, x, freq = _slots(cache, data), _states(turn, data), model.frequencies()
+        slots, x, angles = _slots(cache, data), _states(turn, data), model.rotation(positions)
         for layer in range(count):
 
             def attend(
@@ -226,7 +226,7 @@ def _full_step(config: ModelConfig, count: int) -> Step[State, dict[str, Any]]:
                 o = paged_attention(jnp.moveaxis(q, -1, 0), cache.k, cache.v, table, positions + 1, layer=layer)
                 return jnp.moveaxis(o, 0, -1), cache
 
-            x, _, cache = model.blocks[layer](x, positions, freq, attend, cache)
+            x, _, cache = model.blocks[layer](x, angles, attend, cache)
         return cache, total + x.astype(jnp.float32)
 
     return step

@@ -63,10 +63,10 @@ def rows_of(config: EngineConfig, seqs: Seq[Sequence], bucket: int) -> Rows:
 
 def state_of(seqs: Seq[Sequence], bucket: int) -> DecodeState:
     """Where `bucket` rows are in their answers: first those of `seqs`, then padding, which takes no part."""
-    columns = np.zeros((4, bucket), np.int32)
+    numbers = np.zeros((4, bucket), np.int32)
     for i, seq in enumerate(seqs):
-        columns[:, i] = seq.output_token_ids[-1], seq.num_tokens - 1, len(seq.output_token_ids), seq.remaining
-    return DecodeState(*map(_host, columns), live=_host(np.arange(bucket) < len(seqs)))
+        numbers[:, i] = seq.output_token_ids[-1], seq.num_tokens - 1, len(seq.output_token_ids), seq.remaining
+    return DecodeState(_host(numbers), live=_host(np.arange(bucket) < len(seqs)))
 
 
 def prefill_tokens(pieces: Seq[tuple[Sequence, Piece]], bucket: int, max_rows: int, n_layers: int) -> PrefillTokens:

@@ -1,7 +1,10 @@
 """The device loop: several passes of a batch in one call. A pass takes live rows that are not held one token further.
 
-XLA notes. A branch that may not run is `run_if`, which keeps the cache it carries in place. Blocks are unrolled, since
-a loop over stacked weights copies each block's weights.
+XLA notes. Of more than eight operations that are ready at once, XLA on a CPU gives half to another thread, and one that
+sleeps takes a tenth of a millisecond to wake. So what the loop carries of each row is in few arrays, each made anew by
+one operation, and what does not change within a pass is computed ahead of its segments. A branch that may not run is
+`run_if`, which keeps the cache it carries in place. Blocks are unrolled, since a loop over stacked weights copies each
+block's weights.
 """
 
 from __future__ import annotations
@@ -65,6 +68,7 @@ def decode_chunk(
     count = state.tokens.shape[0]
     out_shape = (max_steps, count)
     no_logprobs = _no_logprobs(max_steps, count) if plan.asks.choice == "any" else None
+    put = jax.lax.dynamic_update_index_in_dim
 
     def advance(carry: tuple) -> tuple:
         i, _, state, step, tokens_out, exits_out, logprobs_out = carry
@@ -78,17 +82,10 @@ def decode_chunk(
                 return jax.tree.map(lambda a, b: a.at[i].set(b), out, new)
 
             logprobs_out = run_if(jnp.any(wants), report, logprobs_out)
-        tokens_out = tokens_out.at[i].set(jnp.where(resolved, tokens, -1))
-        exits_out = exits_out.at[i].set(jnp.where(resolved, step.exit_at, 0))
+        tokens_out = put(tokens_out, jnp.where(resolved, tokens, -1), i, 0)
+        exits_out = put(exits_out, jnp.where(resolved, step.exit_at, 0), i, 0)
         stopped = resolved & (jnp.any(tokens[:, None] == rows.stop_ids, axis=1) | (state.budget <= 1))
-        moved = resolved.astype(jnp.int32)
-        state = DecodeState(
-            tokens=jnp.where(resolved, tokens, state.tokens),
-            positions=state.positions + moved,
-            generated=state.generated + moved,
-            budget=state.budget - moved,
-            live=state.live & ~stopped,
-        )
+        state = state.after(tokens, resolved, stopped)
         return i + 1, jnp.any(stopped), state, step.counting(steps=1), tokens_out, exits_out, logprobs_out
 
     def goes_on(carry: tuple) -> Array:

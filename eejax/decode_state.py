@@ -44,21 +44,42 @@ class Rows:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
 class DecodeState:
-    """Where each row stands.
+    """Where each row stands in its answer.
 
     Attributes:
-        tokens: the next step's input.
-        positions: that token's position.
-        generated: answer tokens so far.
-        budget: answer tokens that may still follow.
+        numbers: `tokens`, `positions`, `generated` and `budget`.
         live: whether the row takes part.
     """
 
-    tokens: Int[Array, " B"]
-    positions: Int[Array, " B"]
-    generated: Int[Array, " B"]
-    budget: Int[Array, " B"]
+    numbers: Int[Array, "4 B"]
     live: Bool[Array, " B"]
+
+    @property
+    def tokens(self) -> Int[Array, " B"]:
+        """The next step's input."""
+        return self.numbers[0]
+
+    @property
+    def positions(self) -> Int[Array, " B"]:
+        """That token's position."""
+        return self.numbers[1]
+
+    @property
+    def generated(self) -> Int[Array, " B"]:
+        """Answer tokens so far."""
+        return self.numbers[2]
+
+    @property
+    def budget(self) -> Int[Array, " B"]:
+        """Answer tokens that may still follow."""
+        return self.numbers[3]
+
+    def after(self, tokens: Int[Array, " B"], resolved: Bool[Array, " B"], stopped: Bool[Array, " B"]) -> DecodeState:
+        """One token later in rows that are `resolved`; those that have `stopped` take no part any more."""
+        moved = resolved.astype(jnp.int32)
+        tokens = jnp.where(resolved, tokens, self.tokens)
+        numbers = jnp.stack([tokens, self.positions + moved, self.generated + moved, self.budget - moved])
+        return DecodeState(numbers, self.live & ~stopped)
 
 
 @jax.tree_util.register_dataclass
@@ -68,9 +89,7 @@ class Step:
 
     Attributes:
         x: hidden states; of resolved rows, frozen.
-        segment: that each row stands at; the number of segments for rows that are resolved, or take no part.
-        filled: segments in which K and V of the row's token are written.
-        held: passes that the row has been standing there.
+        places: `segment`, `filled` and `held`.
         exit_at: blocks that each row ran.
         features: what the output matrix multiplies, of resolved rows.
         best: what their logits come to, of rows that are `scored`.
@@ -82,9 +101,7 @@ class Step:
 
     cache: PagedKVCache
     x: Float[Array, "D B"]
-    segment: Int[Array, " B"]
-    filled: Int[Array, " B"]
-    held: Int[Array, " B"]
+    places: Int[Array, "3 B"]
     exit_at: Int[Array, " B"]
     features: Float[Array, "D B"]
     best: Best
@@ -92,6 +109,26 @@ class Step:
     scored: Bool[Array, " B"]
     waiting: Waiting | None
     counts: Int[Array, " 6"]
+
+    @property
+    def segment(self) -> Int[Array, " B"]:
+        """Where each row stands; the number of segments for rows that are resolved, or take no part."""
+        return self.places[0]
+
+    @property
+    def filled(self) -> Int[Array, " B"]:
+        """Segments in which K and V of the row's token are written."""
+        return self.places[1]
+
+    @property
+    def held(self) -> Int[Array, " B"]:
+        """Passes that the row has been standing there."""
+        return self.places[2]
+
+    def placed(self, segment: Array | None = None, filled: Array | None = None, held: Array | None = None) -> Step:
+        """With some places changed."""
+        given = zip((segment, filled, held), self.places, strict=True)
+        return replace(self, places=jnp.stack([old if new is None else new for new, old in given]))
 
     def counting(self, **more: int | Array) -> Step:
         """With some counters advanced."""
@@ -174,9 +211,7 @@ def begin(model: EarlyExitTransformer, plan: Plan, cache: PagedKVCache, count: i
     return Step(
         cache=cache,
         x=states,
-        segment=last,
-        filled=last,
-        held=zeros,
+        places=jnp.stack([last, last, zeros]),
         exit_at=zeros,
         features=states,
         best=Best.unknown(count),

@@ -40,13 +40,12 @@ def hidden_states(config: ModelConfig, params: dict, batch: Arrays) -> dict[str,
         and the state after it for the others; last `[D, N]`: the last block's features.
     """
     model = bind(config, params)
-    positions, segments = batch["positions"].reshape(-1), batch["segments"]
+    turn, segments = model.rotation(batch["positions"].reshape(-1)), batch["segments"]
     same = segments[:, None, :, None] == segments[:, None, None, :]
-    freq = model.frequencies()
     x = model.embed(batch["tokens"].reshape(-1))
     found = []
     for number, block in enumerate(model.blocks, start=1):
-        x, middle, _ = block(x, positions, freq, _attend_within(same, config.window_of(number - 1)), None)
+        x, middle, _ = block(x, turn, _attend_within(same, config.window_of(number - 1)), None)
         if number in config.exits.layers:
             found.append(middle if config.exits.head == "mlp" else x)
     return {"exits": jnp.stack(found), "last": rms_norm(model.norm[...], x, config.norm_eps)}

@@ -29,6 +29,7 @@ from pallas_kernels.head import Best, head
 from pallas_kernels.projection import (
     KVProjection,
     Norm,
+    Rotation,
     finish_keys_values,
     gated_linear,
     linear,
@@ -36,6 +37,7 @@ from pallas_kernels.projection import (
     project,
     rms_norm,
     rope,
+    rotation,
 )
 
 INIT_SCALE = 0.02
@@ -103,14 +105,14 @@ class Block(nnx.Module):
         """The norm between attention's residual and the MLP."""
         return Norm(self.mlp_norm[...], self.config.norm_eps)
 
-    def _finish_queries(self, q: Array, positions: Array, freq: Array) -> Float[Array, "H C *N"]:
-        config = self.config
+    def _finish_queries(self, q: Array, turn: Rotation) -> Float[Array, "H C *N"]:
+        config, tokens = self.config, turn.cos.shape[1:]
         if config.attention_bias:
-            q = q + self.bq[...].reshape(-1, *[1] * positions.ndim).astype(q.dtype)
-        q = q.reshape(config.n_heads, config.head_dim, *positions.shape)
+            q = q + self.bq[...].reshape(-1, *[1] * len(tokens)).astype(q.dtype)
+        q = q.reshape(config.n_heads, config.head_dim, *tokens)
         if config.qk_norm:
             q = rms_norm(self.q_norm[...], q, config.norm_eps, axis=1)
-        return rope(q, positions, freq)
+        return rope(q, turn)
 
     @property
     def kv_projection(self) -> KVProjection:
@@ -127,8 +129,7 @@ class Block(nnx.Module):
     def __call__[Cache](
         self,
         x: Float[Array, "D *N"],
-        positions: Int[Array, "*N"],
-        freq: Array,
+        turn: Rotation,
         attend: Attend[Cache],
         cache: Cache,
         beside: Float[Array, "D M"] | None = None,
@@ -138,7 +139,7 @@ class Block(nnx.Module):
 
         Args:
             beside: states that do not go through the block, but whose K and V it makes, in the same product: `attend`
-                gets them behind those of `x`, and their `positions` stand behind those of `x`, which has one token axis
+                gets them behind those of `x`, and `turn` has their angles behind those of `x`, which has one token axis
                 then.
             active: which states go through the block, the others staying as they are; and of which, with those beside
                 them, K and V are made, the others being anything. All when None.
@@ -146,18 +147,18 @@ class Block(nnx.Module):
         Returns:
             Its output; the residual between attention and MLP, which `mlp` exits read; the cache.
         """
-        mine, norm = positions, Norm(self.attn_norm[...], self.config.norm_eps)
+        mine, norm = turn, Norm(self.attn_norm[...], self.config.norm_eps)
         runs, due = active or (None, None)
         if beside is not None:
-            mine = positions[: x.shape[1]]
+            mine = Rotation(turn.cos[:, : x.shape[1]], turn.sin[:, : x.shape[1]])
             q = linear(self.wq[...], x, norm, active=runs)
             kv = linear(self.wkv[...], jnp.concatenate([x, beside], axis=1), norm, active=due)
         else:
             q, kv = linear_pair(self.wq[...], self.wkv[...], x, norm, active)
-        q = self._finish_queries(q, mine, freq)
-        k, v = finish_keys_values(self.kv_projection, kv, positions, freq)
+        q = self._finish_queries(q, mine)
+        k, v = finish_keys_values(self.kv_projection, kv, turn)
         o, cache = attend(q, k, v, cache)
-        middle = linear(self.wo[...], o.reshape(-1, *mine.shape), residual=x, active=runs)
+        middle = linear(self.wo[...], o.reshape(-1, *x.shape[1:]), residual=x, active=runs)
         out = self.mlp(middle, self.norm_before_mlp, runs)
         return out, middle, cache
 
@@ -194,8 +195,13 @@ class EarlyExitTransformer(nnx.Module):
             self.exits = nnx.Dict({name: ExitHead(config, rngs) for name in config.exit_names})
 
     def frequencies(self) -> Float[Array, " C/2"]:
-        """Rotary frequencies of this model."""
-        return rope_frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
+        """Rotary frequencies of this model, constants of the programs that use them."""
+        with jax.ensure_compile_time_eval():
+            return rope_frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
+
+    def rotation(self, positions: Int[Array, "*N"]) -> Rotation:
+        """What turns queries and keys of tokens at these positions."""
+        return rotation(positions, self.frequencies())
 
     def embed(self, tokens: Int[Array, "*N"]) -> Float[Array, "D *N"]:
         """Hidden states that enter block 0."""
@@ -296,13 +302,12 @@ class EarlyExitTransformer(nnx.Module):
         """
         x = self.embed(tokens)
         x = x if dtype is None else x.astype(dtype)
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        freq = self.frequencies()
+        turn = self.rotation(jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
         found: dict[int, Array] = {}
 
         def run(block: Block, x: Array, window: int | None) -> tuple[Array, Array]:
             attend = functools.partial(attend_causal, window=window)
-            out, middle, _ = block(x, positions, freq, attend, None)
+            out, middle, _ = block(x, turn, attend, None)
             return out, middle
 
         step = nnx.remat(run, static_argnums=2) if remat else run

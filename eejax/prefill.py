@@ -82,7 +82,7 @@ def prefill(
     valid = tokens.positions >= 0
     # Padding stands at position 0 where a position must exist.
     positions = jnp.maximum(tokens.positions, 0)
-    freq = model.frequencies()
+    turn = model.rotation(positions)
     x = model.embed(tokens.ids)
     slots = Tokens(x, positions, page_table, valid).slots(cache)
     middle = x
@@ -102,7 +102,7 @@ def prefill(
             )
             return jnp.moveaxis(o, 0, -1), cache
 
-        out, middle, cache = block(x, positions, freq, attend, cache)
+        out, middle, cache = block(x, turn, attend, cache)
         x = jnp.where(tokens.depths > layer, out, x)
         cache = fill(model, model.exit_blocks(layer + 1), Tokens(x, positions, page_table, valid), cache)
 

@@ -88,8 +88,10 @@ class Runner:
 
     @property
     def decode_buckets(self) -> list[int]:
-        """Batch sizes that decoding is compiled for."""
+        """Batch sizes that decoding is compiled for: fewer where the padding of a batch costs next to nothing."""
         top = bucket_of(self.config.scheduler.max_num_seqs)
+        if self.compacts and self._leaves_rows_out:
+            return [1, *(size for size in (8, 32, 128, 512, 2048) if size < top), *([top] if top > 1 else [])]
         return [1 << i for i in range(top.bit_length())]
 
     @property
@@ -163,7 +165,10 @@ class Runner:
 
     def decode_program_for(self, params: Seq[SamplingParams]) -> jax.stages.Compiled:
         """The program that decodes a batch of these requests."""
-        return self.decode_program(bucket_of(len(params)), Asks.of(params))
+        return self.decode_program(self._decode_bucket(len(params)), Asks.of(params))
+
+    def _decode_bucket(self, count: int) -> int:
+        return next(bucket for bucket in self.decode_buckets if bucket >= count)
 
     def _prefill_program(self, bucket: int) -> jax.stages.Compiled:
         def lower() -> jax.stages.Lowered:
@@ -206,7 +211,7 @@ class Runner:
 
     def _decode(self, batch: MicroBatch) -> StepResult:
         count, height = len(batch.rows), self.config.scheduler.max_chunk_steps
-        bucket = bucket_of(max(count, batch.width))
+        bucket = self._decode_bucket(max(count, batch.width))
         self.cache, out = self.decode_program(bucket, Asks.of(seq.request.params for seq in batch.rows))(
             self.params,
             self.cache,

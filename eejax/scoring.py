@@ -100,7 +100,7 @@ def score_text(
     model = bind(config, params)
     count = tokens.shape[0]
     places = jnp.arange(count)
-    positions, freq = places[None], model.frequencies()
+    turn = model.rotation(places[None])
     x = model.embed(tokens[None])
     resolved = jnp.zeros(count, bool)
     decoded = (places >= start) & (places < length)
@@ -109,7 +109,7 @@ def score_text(
     successors = jnp.where(places < length - 1, jnp.roll(tokens, -1), -1)
 
     def run(block: Block, x: Array, window: int | None) -> tuple[Array, Array]:
-        out, middle, _ = block(x, positions, freq, functools.partial(attend_causal, window=window), None)
+        out, middle, _ = block(x, turn, functools.partial(attend_causal, window=window), None)
         return out, middle
 
     def ask(

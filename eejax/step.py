@@ -26,6 +26,7 @@ from eejax.kv_fill import Tokens
 from eejax.model import Block, EarlyExitTransformer
 from pallas_kernels import paged_attention
 from pallas_kernels.control_flow import run_if
+from pallas_kernels.projection import Rotation
 
 
 def run_pass(
@@ -53,13 +54,15 @@ def run_pass(
     step = replace(
         step,
         x=jnp.where(begins, model.embed(state.tokens), step.x),
+        exit_at=jnp.where(begins, config.n_layers, step.exit_at),
+        scored=step.scored & ~begins,
+    ).placed(
         segment=jnp.where(begins, 0, jnp.where(state.live, step.segment, done)),
         filled=jnp.where(begins, 0, step.filled),
         held=jnp.where(begins, 0, step.held + 1),
-        exit_at=jnp.where(begins, config.n_layers, step.exit_at),
-        scored=step.scored & ~begins,
     )
     hurry = last | ~jnp.any(begins)
+    turn = model.rotation(state.positions)
     for index in range(done):
         here = step.segment == index
         goes = jnp.any(here)
@@ -67,7 +70,7 @@ def run_pass(
             goes &= hurry | (jnp.sum(here) >= hold) | jnp.any(here & (step.held >= hold))
 
         def run(step: Step, index: int = index, here: Array = here) -> Step:
-            return _run_segment(model, plan, rows, state, step, index, here)
+            return _run_segment(model, plan, rows, state, step, index, here, turn)
 
         step = run(step) if plan.straight else run_if(goes, run, step)
     resolved = state.live & (step.segment == done)
@@ -84,6 +87,7 @@ def _run_segment(
     step: Step,
     index: int,
     here: Bool[Array, " B"],
+    turn: Rotation,
 ) -> Step:
     """One segment for the rows that stand at it, `here`, and the exit test behind it."""
     config, blocks = model.config, model.config.segments[index]
@@ -91,17 +95,18 @@ def _run_segment(
     # Eager: K and V that are due of resolved rows are projected beside those of the rows that run.
     due = here if waiting is not None else state.live & (step.filled == index)
     written = Tokens(step.x, state.positions, rows.page_table, due)
-    beside = None
+    beside, all_turn = None, turn
     if waiting is not None and index:
         others = kv_fill.waiting_for(waiting, index, rows.page_table, here)
         written, beside = written.followed_by(others), others.x
+        all_turn = model.rotation(written.positions)
         filled = jnp.where((waiting.filled == index) & here, index + 1, waiting.filled)
         waiting = replace(waiting, filled=filled)
     slots = written.slots(step.cache)
     active = (here, written.valid) if plan.compacts else None
 
-    freq, cache = model.frequencies(), step.cache
-    before = middle = x = step.x
+    cache, before = step.cache, step.x
+    middle = x = before
     for layer in blocks:
 
         def attend(q: Array, k: Array, v: Array, cache: PagedKVCache, layer: int = layer) -> tuple[Array, PagedKVCache]:
@@ -109,7 +114,7 @@ def _run_segment(
             return _attention(model, layer, q, cache, rows.page_table, state.positions, here), cache
 
         before = x
-        x, middle, cache = model.blocks[layer](x, written.positions, freq, attend, cache, beside, active)
+        x, middle, cache = model.blocks[layer](x, all_turn, attend, cache, beside, active)
         if not plan.compacts:
             # A frozen row's K and V came out of the projection above; the rest of what it computed is dropped.
             x = jnp.where(here, x, before)
@@ -121,17 +126,19 @@ def _run_segment(
         step,
         cache=cache,
         x=x,
+        waiting=waiting,
+    ).placed(
         segment=jnp.where(here, index + 1, step.segment),
         filled=jnp.where(due, index + 1, step.filled),
         held=jnp.where(here, 0, step.held),
-        waiting=waiting,
-    ).counting(blocks=len(blocks), row_blocks=len(blocks) * plan.count(here))
+    )
+    step = step.counting(blocks=len(blocks), row_blocks=len(blocks) * plan.count(here))
     if blocks.stop == config.n_layers:
         features = model.features(blocks.stop, x, middle)
         return replace(step, features=jnp.where(here, features, step.features))
     if plan.asks.exits == "none":
         return step
-    return _test_exit(model, plan, rows, state, step, index, here, before, middle)
+    return _test_exit(model, plan, rows, state, step, index, here, turn, before, middle)
 
 
 def _test_exit(
@@ -142,6 +149,7 @@ def _test_exit(
     step: Step,
     index: int,
     runs: Bool[Array, " B"],
+    turn: Rotation,
     before: Float[Array, "D B"],
     middle: Float[Array, "D B"],
 ) -> Step:
@@ -153,7 +161,9 @@ def _test_exit(
     config, x = model.config, step.x
     layer, done = config.exits.layers[index], len(config.segments)
     asks = exits.may_leave(rows.exits, index) & runs
-    limits = exits.thresholds_at(rows.exits, index, state.generated)
+
+    def passes(seen: exits.Observation) -> Array:
+        return exits.confidence(rows.exits, seen) >= exits.thresholds_at(rows.exits, index, state.generated)
 
     def features_of(asking: Array) -> Array:
         def run_block(block: Block, x: Array) -> Array:
@@ -164,7 +174,7 @@ def _test_exit(
                 return _attention(model, own, q, cache, rows.page_table, state.positions, asking), cache
 
             active = (asking, jnp.zeros_like(asking)) if plan.compacts else None
-            return block(x, state.positions, model.frequencies(), attend, step.cache, active=active)[0]
+            return block(x, turn, attend, step.cache, active=active)[0]
 
         return model.features(layer, x, middle, run_block, plan.computed(asking))
 
@@ -173,8 +183,7 @@ def _test_exit(
             step,
             features=jnp.where(leaving, features, step.features),
             exit_at=jnp.where(leaving, layer, step.exit_at),
-            segment=jnp.where(leaving, done, step.segment),
-        )
+        ).placed(segment=jnp.where(leaving, done, step.segment))
 
     def with_head(step: Step, asking: Array) -> Step:
         features = features_of(asking)
@@ -190,7 +199,7 @@ def _test_exit(
                     logits=step.logits,
                     wanted=asking & rows.sampling.needs_logits,
                 )
-            leaving = asking & (exits.confidence(rows.exits, exits.Observation(best=best)) >= limits)
+            leaving = asking & passes(exits.Observation(best=best))
             # Whoever leaves here is scored by these very logits: no second projection.
             best = jax.tree.map(lambda new, old: jnp.where(leaving, new, old), best, step.best)
             step = replace(leave(step, features, leaving), best=best, logits=logits, scored=step.scored | leaving)
@@ -205,7 +214,7 @@ def _test_exit(
             probe=model.probe_logit(layer, features) if config.exits.probes else None,
             uniform=exits.uniform_draw(rows.exits, state.generated),
         )
-        return leave(step, features, asking & (exits.confidence(rows.exits, seen) >= limits))
+        return leave(step, features, asking & passes(seen))
 
     with jax.named_scope("confidence"):
         if plan.asks.exits == "heads":
@@ -242,13 +251,13 @@ def _settle(model: EarlyExitTransformer, rows: Rows, state: DecodeState, step: S
         # Of rows that have ended nothing is read any more.
         waiting = replace(step.waiting, filled=jnp.where(state.live, step.waiting.filled, done))
         waiting = kv_fill.enqueue(model, waiting, step.x, state.positions, lacks)
-        step = replace(step, waiting=waiting, filled=jnp.where(resolved, done, step.filled))
+        step = replace(step, waiting=waiting).placed(filled=jnp.where(resolved, done, step.filled))
         full = jnp.any(jnp.all(waiting.filled < done, axis=0))
         return run_if(full, lambda step: _flush(model, rows, step), step)
     tokens = Tokens(step.x, state.positions, rows.page_table, resolved)
     with jax.named_scope("fill"):
         cache, fills = kv_fill.fill_segments(model, tokens, lacks, step.cache)
-    return replace(step, cache=cache, filled=jnp.where(resolved, done, step.filled)).counting(fills=fills)
+    return replace(step, cache=cache).placed(filled=jnp.where(resolved, done, step.filled)).counting(fills=fills)
 
 
 def finish(model: EarlyExitTransformer, rows: Rows, state: DecodeState, step: Step) -> Step:

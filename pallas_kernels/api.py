@@ -65,7 +65,7 @@ def paged_attention(
 
         return mosaic.paged_attention(q, k_pages, v_pages, page_table, lengths, **options)
     if chosen == "native":
-        return native.attention(q, k_pages, v_pages, page_table, jnp.arange(rows[0]), lengths - 1, **options)
+        return native.attention(q, k_pages, v_pages, page_table, None, lengths - 1, **options)
     return reference.paged_attention(q, k_pages, v_pages, page_table, lengths, **options)
 
 

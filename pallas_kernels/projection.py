@@ -220,11 +220,23 @@ def rms_norm(weight: Float[Array, " D"], x: Float[Array, "D *N"], eps: float, ax
     return y.astype(x.dtype) * weight.reshape(shape).astype(x.dtype)
 
 
-def rope(x: Float[Array, "heads C *N"], positions: Int[Array, "*N"], freq: Float[Array, " C/2"]) -> Array:
-    """Rotate the two halves of `C` by `positions * freq` (rotary embedding, arXiv 2104.09864), in float32."""
+class Rotation(NamedTuple):
+    """Cosine and sine of the angles by which the rotary embedding turns tokens."""
+
+    cos: Float[Array, "C/2 *N"]
+    sin: Float[Array, "C/2 *N"]
+
+
+def rotation(positions: Int[Array, "*N"], freq: Float[Array, " C/2"]) -> Rotation:
+    """Of tokens at these positions: by `positions * freq`."""
     angle = freq.reshape(-1, *[1] * positions.ndim) * positions.astype(jnp.float32)
     # Kept apart: XLA would put them into every loop that reads them, and compute them for every head and block anew.
-    cos, sin = jax.lax.optimization_barrier((jnp.cos(angle), jnp.sin(angle)))
+    return Rotation(*jax.lax.optimization_barrier((jnp.cos(angle), jnp.sin(angle))))
+
+
+def rope(x: Float[Array, "heads C *N"], turn: Rotation) -> Array:
+    """Rotate the two halves of `C` (rotary embedding, arXiv 2104.09864), in float32."""
+    cos, sin = turn
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=1).astype(x.dtype)
 
@@ -242,16 +254,17 @@ def keys_values(
         active: as in `linear`.
     """
     kv = linear(projection.wkv, x, Norm(projection.norm, projection.eps), active=active)
-    return finish_keys_values(projection, kv, positions, freq)
+    return finish_keys_values(projection, kv, rotation(positions, freq))
 
 
 def finish_keys_values(
-    projection: KVProjection, kv: Float[Array, "2*K*C *N"], positions: Int[Array, "*N"], freq: Float[Array, " C/2"]
+    projection: KVProjection, kv: Float[Array, "2*K*C *N"], turn: Rotation
 ) -> tuple[Float[Array, "K C *N"], Float[Array, "K C *N"]]:
     """What `keys_values` does behind the product."""
+    half, *tokens = turn.cos.shape
     if projection.bkv is not None:
-        kv = kv + projection.bkv.reshape(-1, *[1] * positions.ndim).astype(kv.dtype)
-    k, v = kv.reshape(2, -1, 2 * freq.shape[0], *positions.shape)
+        kv = kv + projection.bkv.reshape(-1, *[1] * len(tokens)).astype(kv.dtype)
+    k, v = kv.reshape(2, -1, 2 * half, *tokens)
     if projection.k_norm is not None:
         k = rms_norm(projection.k_norm, k, projection.eps, axis=1)
-    return rope(k, positions, freq), v
+    return rope(k, turn), v

@@ -13,7 +13,7 @@ import pytest
 from eejax.config import ExitConfig, ModelConfig, RopeScaling
 from eejax.errors import ConfigError
 from eejax.model import EarlyExitTransformer, bind, count_params, init_params, param_shapes, rope_frequencies
-from pallas_kernels.projection import rope
+from pallas_kernels.projection import rope, rotation
 from tests.cases import BASE, SHAPES, random_model, random_params, random_prompt, shape_config
 from tests.reference import Reference, Seen, confidence, float_tree, generate
 
@@ -218,7 +218,7 @@ def test_rope_turns_pairs_by_position():
     freq = rope_frequencies(8, 10000.0, None)
 
     def at(x, position):
-        return np.asarray(rope(jnp.asarray(x)[..., None], jnp.asarray([position]), freq))[..., 0]
+        return np.asarray(rope(jnp.asarray(x)[..., None], rotation(jnp.asarray([position]), freq)))[..., 0]
 
     np.testing.assert_array_equal(at(q, 0), q)
     np.testing.assert_allclose(np.linalg.norm(at(q, 77)), np.linalg.norm(q), rtol=1e-6)

@@ -107,9 +107,9 @@ def test_gradients_are_those_of_the_plain_objective(serial: bool, monkeypatch: p
     def plain(params):
         model, x, logits = bind(MODEL, params), None, []
         x = model.embed(batch["tokens"])
-        positions = jnp.broadcast_to(jnp.arange(x.shape[2]), x.shape[1:])
+        turn = model.rotation(jnp.broadcast_to(jnp.arange(x.shape[2]), x.shape[1:]))
         for number, block in enumerate(model.blocks, start=1):
-            x, middle, _ = block(x, positions, model.frequencies(), attend, None)
+            x, middle, _ = block(x, turn, attend, None)
             if number in MODEL.exit_points:
                 logits.append(model.logits(number, model.features(number, x, middle)))
         log_probs = [jax.nn.log_softmax(one, axis=0) for one in logits]

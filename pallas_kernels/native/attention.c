@@ -25,6 +25,9 @@ typedef struct {
   float scale;
 } Attention;
 
+/* Token i is of row i where no rows are given. */
+INLINE int64_t row_of(const Attention* a, int64_t token) { return a->rows ? a->rows[token] : token; }
+
 typedef struct {
   const float *k, *v;
   /* Slots of this page that some query sees, and the position of slot 0. */
@@ -53,7 +56,7 @@ INLINE Page page_after(const Attention* a, int64_t token, int64_t kv_head, int64
     if (++token == a->tokens) token = 0, kv_head++;
     if (kv_head == a->kv_heads || a->positions[token] < 0) return (Page){0};
   }
-  return page_at(a, a->rows[token], kv_head, number, 0, a->positions[token]);
+  return page_at(a, row_of(a, token), kv_head, number, 0, a->positions[token]);
 }
 
 /* Slot `slot` of keys or values, into the second-level cache. */
@@ -62,7 +65,7 @@ INLINE void fetch(const float* from, int64_t slot, int64_t dim) {
 }
 
 INLINE void few(const Attention* a, int64_t token, int64_t kv_head, int64_t h, int count, int64_t dim) {
-  int64_t row = a->rows[token], last = a->positions[token], vectors = dim / VL;
+  int64_t row = row_of(a, token), last = a->positions[token], vectors = dim / VL;
   int64_t first = a->window > 0 ? MAX(last - a->window + 1, 0) : 0;
   float q[FEW * MAX_DIM], sums[FEW * MAX_DIM];
   for (int64_t i = 0; i < count * dim; i++) q[i] = a->q[(h * dim + i) * a->tokens + token] * a->scale, sums[i] = 0;
@@ -223,7 +226,7 @@ static void products(
 }
 
 static void tile(const Attention* a, int64_t begin, int64_t end, int64_t kv_head, int64_t h, int64_t count) {
-  int64_t dim = a->dim, row = a->rows[begin], queries = (end - begin) * count;
+  int64_t dim = a->dim, row = row_of(a, begin), queries = (end - begin) * count;
   float q[MAX_DIM * TILE] __attribute__((aligned(64))), sums[MAX_DIM * TILE] __attribute__((aligned(64)));
   float scores[SLOTS * TILE] __attribute__((aligned(64)));
   int32_t seen[TILE], unseen[TILE];
@@ -300,7 +303,7 @@ static void item(int64_t number, void* argument) {
     }
     int64_t most = MAX(TILE / group, 1), end = token + 1;
     /* Only tokens in order: between windows that lie apart there are slots that nobody may look at. */
-    while (end < stop && end - token < most && a->rows[end] == a->rows[token] &&
+    while (end < stop && end - token < most && row_of(a, end) == row_of(a, token) &&
            a->positions[end] == a->positions[end - 1] + 1)
       end++;
     if (end - token == 1 || dim % VL) {
@@ -317,15 +320,16 @@ static void item(int64_t number, void* argument) {
   }
 }
 
-/* Operands q, k_pages, v_pages, page_table, rows, positions; attributes layer, scale, window (0: none). */
+/* Operands q, k_pages, v_pages, page_table, rows (of no elements where each token has its own), positions; attributes layer, scale, window (0: none). */
 XLA_FFI_Error* eejax_paged_attention(XLA_FFI_CallFrame* call) {
   if (is_question(call)) return NULL;
   const XLA_FFI_Buffer *q = argument(call, 0), *k = argument(call, 1), *v = argument(call, 2), *table = argument(call, 3);
+  const XLA_FFI_Buffer* rows = argument(call, 4);
   int64_t layer = *(const int64_t*)attribute(call, 0);
   Attention a = {
       .q = q->data,
       .page_table = table->data,
-      .rows = argument(call, 4)->data,
+      .rows = rows->dims[0] ? rows->data : NULL,
       .positions = argument(call, 5)->data,
       .out = result(call, 0)->data,
       .tokens = q->dims[2],

@@ -18,7 +18,7 @@ typedef struct {
   float *tops, *seconds, *sums;
   int32_t* ids;
   float* logits;
-  const int32_t* wanted;
+  const uint8_t* wanted;
   /* Whether more than the largest logit and its row is asked for. */
   int confidence;
 } Head;

@@ -390,7 +390,7 @@ void product_rows(const Product* p, const float* weight, Out out, int64_t rows, 
 }
 
 void choose_columns(Product* p, const XLA_FFI_Buffer* active, int32_t* list) {
-  const int32_t* flags = active->data;
+  const uint8_t* flags = active->data;
   p->columns = p->width;
   if (!active->dims[0]) return;
   p->columns = 0;

@@ -122,7 +122,7 @@ def _floats(*shapes: tuple[int, ...]) -> list[jax.ShapeDtypeStruct]:
 
 
 def _flags(active: Array | None) -> Array:
-    return jnp.zeros((0,), jnp.int32) if active is None else active.astype(jnp.int32)
+    return jnp.zeros((0,), bool) if active is None else active
 
 
 def head_refusal(weight: Float[Array, "V D"], x: Float[Array, "D N"]) -> str | None:
@@ -174,16 +174,17 @@ def attention(
     k_pages: Float[Array, "L P K S C"],
     v_pages: Float[Array, "L P K S C"],
     page_table: Int[Array, "R M"],
-    rows: Int[Array, " N"],
+    rows: Int[Array, " N"] | None,
     positions: Int[Array, " N"],
     *,
     layer: int,
     scale: float | None,
     sliding_window: int | None,
 ) -> Float[Array, "N H C"]:
-    """See `pallas_kernels.api.ragged_paged_attention`."""
+    """See `pallas_kernels.api.ragged_paged_attention`. Token i is of row i where `rows` is None."""
     if not q.size:
         return q
+    rows = jnp.zeros((0,), jnp.int32) if rows is None else rows
     integers = (array.astype(jnp.int32) for array in (page_table, rows, positions))
     # A window that holds all that a page table has room for is none, and might not fit the kernel's integers.
     room = page_table.shape[1] * k_pages.shape[3]
