@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -22,6 +23,7 @@ from eejax.params import DecayingThreshold, EarlyExitParams, SamplingParams
 from eejax.request import MicroBatch, Request, RequestOutput, Sequence
 from eejax.runner import Runner
 from eejax.sampling import token_logprobs
+from pallas_kernels.native import library
 from tests.cases import random_model, random_prompt
 from tests.reference import Reference, rms_norm
 
@@ -30,6 +32,7 @@ MODEL, PARAMS = random_model(SHAPE)
 DEPTH, EXITS = MODEL.n_layers, MODEL.exits.layers
 PAGES, PAGE, MAX_LEN, CHUNK = 16, 8, 32, 8
 EAGER = DecodeConfig(fill="eager")
+NATIVE = library.refusal() is None
 NEVER = EarlyExitParams(1.0)  # asks every head, and no top probability reaches 1
 
 
@@ -171,13 +174,71 @@ def test_the_donated_cache_is_used_in_place(runner):
 def test_buckets_are_powers_of_two_that_cover_everything(runner):
     assert [bucket_of(n) for n in (1, 2, 3, 4, 5, 31, 33)] == [1, 2, 4, 4, 8, 32, 64]
     assert bucket_of(3, 16) == 16
-    assert runner.decode_buckets == [1, 2, 4]  # three sequences at the most: one row of four is padding
+    # Three sequences at the most, one row of four being padding; where that costs nothing, two are padded as well.
+    assert runner.decode_buckets == ([1, 4] if NATIVE else [1, 2, 4])
     assert runner.prefill_buckets == [16]
+
+
+@pytest.mark.skipif(not NATIVE, reason="without native kernels padding is computed")
+@pytest.mark.parametrize(
+    ("most", "buckets"),
+    [(1, [1]), (2, [1, 2]), (8, [1, 8]), (16, [1, 8, 16]), (32, [1, 8, 32]), (50, [1, 8, 32, 64])],
+)
+def test_fewer_batch_sizes_are_compiled_where_padding_costs_nothing(most, buckets):
+    given = replace(config(), scheduler=SchedulerConfig(most, CHUNK))
+    assert Runner(given, PARAMS).decode_buckets == buckets
+    never = replace(given, decode=DecodeConfig("never", "eager", "never"))
+    assert Runner(never, PARAMS).decode_buckets == [2**i for i in range(buckets[-1].bit_length())]
+
+
+NO_OPERATION = {"get-tuple-element", "tuple", "bitcast", "parameter", "constant"}
+
+
+def most_ready(instructions: list[tuple[str, str, list[str]]]) -> int:
+    """Operations of a computation that wait to be run at the most, where they run in the order of becoming ready.
+
+    Args:
+        instructions: name, opcode and operands of each.
+    """
+    made_by: dict[str, set[str]] = {}
+    missing: dict[str, int] = {}
+    readers: dict[str, list[str]] = {}
+    for name, opcode, operands in instructions:
+        needs = set().union(*(made_by.get(one, set()) for one in operands))
+        if opcode in NO_OPERATION:
+            made_by[name] = needs
+            continue
+        made_by[name], missing[name] = {name}, len(needs)
+        for one in needs:
+            readers.setdefault(one, []).append(name)
+    ready, most = [name for name, count in missing.items() if not count], 0
+    while ready:
+        most = max(most, len(ready))
+        for reader in readers.get(ready.pop(0), ()):
+            missing[reader] -= 1
+            ready += [reader] if not missing[reader] else []
+    return most
+
+
+@pytest.mark.skipif(not NATIVE, reason="what XLA makes of products is not ours to order")
+def test_xla_has_no_reason_to_give_operations_of_a_step_to_another_thread(engine):
+    """On a CPU it gives half away where more than eight are left when it takes one; to wake a thread is slow."""
+    program = engine.runner.decode_program(4).as_text()
+    found = {}
+    for part in re.split(r"\n\n", program):
+        lines = re.findall(r"^  (?:ROOT )?%([\w.-]+) = .*? ([a-z-]+)\((.*)$", part, re.MULTILINE)
+        calls = [(name, opcode, re.findall(r"%([\w.-]+)", rest.split("), ")[0])) for name, opcode, rest in lines]
+        if "eejax_linear" in part and "eejax_paged_attention" in part:
+            found[part.split(" ", 1)[0]] = most_ready(calls)
+        elif sum(opcode == "while" for _, opcode, _ in calls) > DEPTH:  # the segments, one after another
+            found["step"] = most_ready(calls)
+    assert len(found) == len(EXITS) + 2, "every segment, and the step around them"
+    assert max(found.values()) <= 9, found
 
 
 def test_nothing_is_compiled_after_warm_up(engine):
     programs, compilations = dict(engine.runner._compiled.programs), engine.runner.compilations
-    assert set(programs) == {("prefill", 16, ""), *(("decode", rows, "") for rows in (1, 2, 4))}
+    assert set(programs) == {("prefill", 16, ""), *(("decode", rows, "") for rows in engine.runner.decode_buckets)}
     rng = np.random.default_rng(0)
     exits = (None, NEVER, always(), EarlyExitParams(DecayingThreshold((0.3, 0.4)), "margin", min_layers=2))
     samplings = (
@@ -335,8 +396,9 @@ def test_rows_of_one_call_get_their_own_results(runner):
 # --------------------------------------------------------------------------------------------------- how much is run
 
 
-@pytest.mark.parametrize(("count", "width", "bucket"), [(1, 0, 1), (1, 3, 4), (2, 0, 2), (3, 2, 4)])
-def test_row_steps_count_padding_and_a_static_batch_is_no_narrower_than_its_width(runner, count, width, bucket):
+@pytest.mark.parametrize(("count", "width"), [(1, 0), (1, 3), (2, 0), (3, 2)])
+def test_row_steps_count_padding_and_a_static_batch_is_no_narrower_than_its_width(runner, count, width):
+    bucket = next(size for size in runner.decode_buckets if size >= max(count, width))
     seqs = tuple(sequence(runner, place) for place in range(count))
     alone = [decode(runner, sequence(runner, place), n_steps=3).rows[0] for place in range(count)]
     result = runner.run(MicroBatch("decode", seqs, 3, width=width))
