@@ -16,7 +16,7 @@ import jax
 CONTAINERS = ("while", "conditional", "call")
 """Instructions whose time contains that of others."""
 CONTROL_FLOW = "control flow"
-SCOPES = ("products", "attention", "kv_write", "heads", "confidence", "rows", "fill", "sampling")
+SCOPES = ("products", "attention", "kv_write", "heads", "confidence", "fill", "sampling")
 BY_TARGET = {
     "eejax_linear": "products",
     "eejax_paged_attention": "attention",

@@ -180,11 +180,11 @@ def exit_features(
     # The embedding is read from the float32 parameters, so that its gradient is summed in float32 too.
     # One token axis, since XLA:CPU is slower on three-dimensional activations.
     x = params["embedding"][tokens.reshape(-1)].T.astype(jnp.float32)
-    positions = jnp.tile(jnp.arange(tokens.shape[1]), tokens.shape[0])
-    freq, attend = model.frequencies(), attend_within(batch["segments"], numerics.dtype, numerics.serial)
+    turn = model.rotation(jnp.tile(jnp.arange(tokens.shape[1]), tokens.shape[0]))
+    attend = attend_within(batch["segments"], numerics.dtype, numerics.serial)
     found, came, left = [], [], jnp.zeros(tokens.size, bool)
     for number, block in enumerate(model.blocks, start=1):
-        out, middle, _ = block(x, positions, freq, attend, None)
+        out, middle, _ = block(x, turn, attend, None)
         x = out if thresholds is None else jnp.where(left, x, out)
         if number in config.exit_points:
             found.append(model.features(number, x, middle))

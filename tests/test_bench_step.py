@@ -31,7 +31,7 @@ ENTRY %main.5 (x.1: f32[4]) -> f32[4] {
   %x.1 = f32[4]{0} parameter(0), metadata={op_name="x"}
   %copy.1 = f32[4]{0} copy(%x.1)
   %copy.2 = f32[4]{0} copy(%x.1), metadata={op_name="jit(f)/while/body/attention/transpose"}
-  %rooted = f32[4]{0} fusion(%x.1), kind=kLoop, calls=%fused_computation.1, metadata={op_name="jit(f)/rows/select_n"}
+  %rooted = f32[4]{0} fusion(%x.1), kind=kLoop, calls=%fused_computation.1, metadata={op_name="jit(f)/fill/select_n"}
   %unrooted = f32[4]{0} fusion(%x.1), kind=kLoop, calls=%fused_computation.1
   %ffi_call.1 = (f32[4,1]{1,0}, /*index=1*/f32[0]{0}) custom-call(%x.1), custom_call_target="eejax_linear", metadata={op_name="jit(f)/ffi_call"}
   %ffi_call.2 = f32[4]{0} custom-call(%x.1), custom_call_target="eejax_linear", metadata={op_name="jit(f)/heads/ffi_call"}
@@ -50,7 +50,7 @@ def test_the_innermost_scope_names_the_part() -> None:
     expected = {
         "copy.1": "copies",
         "copy.2": "attention",  # the model's own transposition, not one of XLA's making
-        "rooted": "rows",
+        "rooted": "fill",
         "unrooted": "confidence",  # two of the three in a scope
         "ffi_call.1": "products",
         "ffi_call.2": "heads",  # a scope says more than a target
@@ -64,7 +64,7 @@ def test_the_innermost_scope_names_the_part() -> None:
 
 
 def test_a_loop_keeps_what_its_body_leaves() -> None:
-    parts = {"while": CONTROL_FLOW, "inner": CONTROL_FLOW, "a": "products", "b": "rows"}
+    parts = {"while": CONTROL_FLOW, "inner": CONTROL_FLOW, "a": "products", "b": "fill"}
     events = [
         Event("while", 10, 90),
         Event("a", 20, 30),
@@ -72,14 +72,14 @@ def test_a_loop_keeps_what_its_body_leaves() -> None:
         Event("b", 60, 10),
         Event("a", 110, 10),  # nothing runs from 100 to 110
     ]
-    assert split(events, parts) == {"products": 40, "rows": 10, CONTROL_FLOW: 10 + 10 + 30 + 10}
+    assert split(events, parts) == {"products": 40, "fill": 10, CONTROL_FLOW: 10 + 10 + 30 + 10}
     assert sum(split(events, parts).values()) == 120 - 10
 
 
 def test_operations_at_once_share_the_time() -> None:
-    parts = {"a": "products", "b": "rows", "while": CONTROL_FLOW}
+    parts = {"a": "products", "b": "fill", "while": CONTROL_FLOW}
     events = [Event("a", 0, 10), Event("b", 6, 8), Event("while", 0, 14)]
-    assert split(events, parts) == {"products": 6 + 2, "rows": 2 + 4}
+    assert split(events, parts) == {"products": 6 + 2, "fill": 2 + 4}
     assert split([], parts) == {}
 
 
@@ -87,7 +87,7 @@ def test_a_trace_of_a_real_program(tmp_path: Path) -> None:
     def loops(x: jax.Array, trips: jax.Array) -> jax.Array:
         def body(carry: tuple) -> tuple:
             i, x = carry
-            with jax.named_scope("rows"):
+            with jax.named_scope("fill"):
                 return i + 1, jnp.sort(x)[::-1] * jnp.float32(0.5)
 
         return jax.lax.while_loop(lambda carry: carry[0] < trips, body, (jnp.int32(0), x))[1]
@@ -102,7 +102,7 @@ def test_a_trace_of_a_real_program(tmp_path: Path) -> None:
     assert {one.name for one in (*first, *second)} <= known.keys()
     parts = {name: part_of(one) for name, one in known.items()}
     [sort] = [name for name, one in known.items() if one.opcode == "sort"]
-    assert parts[sort] == "rows"
+    assert parts[sort] == "fill"
     # XLA may run an instruction in several operations, here a copy and a sort.
     short, long = (sum(one.name == sort for one in run) for run in (first, second))
     assert short >= 3
