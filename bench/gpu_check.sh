@@ -27,7 +27,7 @@ mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 rm -f "$out"/{results.jsonl,log.txt,table.txt,gpu-check.tgz,gpu-check.tgz.part}
 : >"$out/results.jsonl" >"$out/log.txt"
-tar -czf "$out/gpu-check.tgz" -C "$out" results.jsonl log.txt
+tar -czf "$out/gpu-check.tgz.part" -C "$out" results.jsonl log.txt && mv "$out"/gpu-check.tgz{.part,}
 
 # Compiled programs, traces and packages. They stay, so that a second check on the same machine compiles nothing.
 work=${EEJAX_GPU_WORK:-${TMPDIR:-/tmp}/eejax-gpu-check-$UID}

@@ -192,8 +192,9 @@ class Bench:
     def learn_answers(self) -> None:
         """Answer everything once in each mode, and keep the answers: the oracle's lengths, and what rows must equal."""
         self.llm.warm_up()
-        for power in range(self.args.vbs_num_seqs.bit_length()):
-            self.engine.runner.decode_program(1 << power)
+        runner = self.engine.runner
+        for size in {runner.decode_bucket(count + 1) for count in range(self.args.vbs_num_seqs)}:
+            runner.decode_program(size)
         for mode in MODES:
             self.engine.reschedule(self.llm.config.scheduler)
             answers = answer_all(self.engine, *self.requests(mode))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from bench.schedule_rows import Outcome
 from bench.step_model import DecodeCall, PrefillCall, StepModel, pages_visited
+from eejax.buckets import batch_size
 from eejax.config import SchedulerConfig
 from eejax.lengths import LengthEstimate
 from eejax.page_allocator import PageAllocator
@@ -69,7 +70,7 @@ def simulate(
     allocator = PageAllocator(num_pages)
     learnt = learnt or StepCost()
     scheduler = Scheduler(config, allocator, page_size=page_size, policy=policy, cost=learnt)
-    device = _Device(cost, page_size, exits, prefill_chunk, learnt.compacts)
+    device = _Device(cost, page_size, exits, prefill_chunk, config.max_num_seqs, learnt.compacts)
     rows = [_request(i, request, exits[-1]).sequences[0] for i, request in enumerate(requests)]
     device.known = dict(zip(rows, requests, strict=True))
     coming = sorted(rows, key=lambda row: device.known[row].arrival)
@@ -160,7 +161,13 @@ class _Device:
     """Does with a micro-batch what `Runner` does, at no cost but that of the model."""
 
     def __init__(
-        self, cost: StepModel, page_size: int, exits: tuple[int, ...], prefill_chunk: int, compacts: bool
+        self,
+        cost: StepModel,
+        page_size: int,
+        exits: tuple[int, ...],
+        prefill_chunk: int,
+        max_num_seqs: int,
+        compacts: bool,
     ) -> None:
         self.known: dict[Row, SimulatedRequest] = {}
         self.prefilled = self.produced = self.steps = self.row_steps = 0
@@ -168,6 +175,7 @@ class _Device:
         self._page_size = page_size
         self._exits = exits
         self._chunk = prefill_chunk
+        self._slots = max_num_seqs
         self._compacts = compacts
 
     def run(self, batch: MicroBatch) -> tuple[StepResult, float]:
@@ -179,7 +187,7 @@ class _Device:
             return StepResult(tuple(rows)), self._cost.prefill_seconds(PrefillCall.of(lengths, self._chunk))
         left = [self.known[row].length - len(row.output_token_ids) for row in batch.rows]
         steps = min(batch.n_steps, min(left) if batch.yield_on_free else max(left))
-        bucket = 1 << (max(len(batch.rows), batch.width) - 1).bit_length()
+        bucket = batch_size(max(len(batch.rows), batch.width), self._slots, self._compacts)
         taken = [min(steps, more) for more in left]
         blocks, row_blocks, heads, row_heads = self._work(batch.rows, taken, steps, bucket)
         pages = pages_visited([row.num_tokens for row in batch.rows], taken, self._page_size)

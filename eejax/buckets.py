@@ -11,6 +11,20 @@ def bucket_of(count: int, smallest: int = 1) -> int:
     return max(smallest, 1 << (count - 1).bit_length())
 
 
+def batch_size(count: int, most: int, padding_is_free: bool) -> int:
+    """Rows of the program that decodes `count` of them: a power of two.
+
+    Args:
+        most: rows of the largest batch as a rule.
+        padding_is_free: kernels leave padding out. Fewer sizes do then: 1, 8, 32, 128, ... and the largest.
+    """
+    size, top = bucket_of(count), bucket_of(most)
+    if not padding_is_free or size == 1:
+        return size
+    coarse = 1 << max(3, (size.bit_length() - 1) | 1)
+    return min(coarse, top) if size <= top else coarse
+
+
 class Piece(NamedTuple):
     """Positions `start .. start + length - 1` of row `row`."""
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from eejax.batch_arrays import logprobs_of, prefill_tokens, rows_of, state_of
-from eejax.buckets import bucket_of, cut_prefill
+from eejax.buckets import batch_size, bucket_of, cut_prefill
 from eejax.config import MIN_PREFILL_BUCKET, EngineConfig
 from eejax.decode import decode_chunk
 from eejax.decode_state import ANYTHING, COUNTERS, Asks, Plan
@@ -88,11 +88,12 @@ class Runner:
 
     @property
     def decode_buckets(self) -> list[int]:
-        """Batch sizes that decoding is compiled for: fewer where the padding of a batch costs next to nothing."""
-        top = bucket_of(self.config.scheduler.max_num_seqs)
-        if self.compacts and self._leaves_rows_out:
-            return [1, *(size for size in (8, 32, 128, 512, 2048) if size < top), *([top] if top > 1 else [])]
-        return [1 << i for i in range(top.bit_length())]
+        """Batch sizes that decoding is compiled for."""
+        return sorted({self.decode_bucket(count + 1) for count in range(self.config.scheduler.max_num_seqs)})
+
+    def decode_bucket(self, count: int) -> int:
+        """The size of the program that decodes `count` rows."""
+        return batch_size(count, self.config.scheduler.max_num_seqs, self.compacts and self._leaves_rows_out)
 
     @property
     def prefill_buckets(self) -> list[int]:
@@ -165,10 +166,7 @@ class Runner:
 
     def decode_program_for(self, params: Seq[SamplingParams]) -> jax.stages.Compiled:
         """The program that decodes a batch of these requests."""
-        return self.decode_program(self._decode_bucket(len(params)), Asks.of(params))
-
-    def _decode_bucket(self, count: int) -> int:
-        return next(bucket for bucket in self.decode_buckets if bucket >= count)
+        return self.decode_program(self.decode_bucket(len(params)), Asks.of(params))
 
     def _prefill_program(self, bucket: int) -> jax.stages.Compiled:
         def lower() -> jax.stages.Lowered:
@@ -211,7 +209,7 @@ class Runner:
 
     def _decode(self, batch: MicroBatch) -> StepResult:
         count, height = len(batch.rows), self.config.scheduler.max_chunk_steps
-        bucket = self._decode_bucket(max(count, batch.width))
+        bucket = self.decode_bucket(max(count, batch.width))
         self.cache, out = self.decode_program(bucket, Asks.of(seq.request.params for seq in batch.rows))(
             self.params,
             self.cache,

@@ -58,7 +58,8 @@ def last_line(text: str) -> dict:
 def test_the_simulator_counts_as_the_engine_does(bench: Bench, name: str, regime: str) -> None:
     """Policies that no clock influences decide the same over a real device and a simulated one."""
     real = bench.run(ROWS[name], regime, "full_depth").outcome
-    on = Machine(COST, 4, 4, bench.num_pages[regime], 8, bench.llm.config.model.exit_points, 256)
+    compacts = bench.engine.runner.compacts
+    on = Machine(COST, 4, 4, bench.num_pages[regime], 8, bench.llm.config.model.exit_points, 256, compacts)
     virtual = run(name, known_requests(bench, "full_depth"), on, 0.75)
     counts = ["prompt_tokens", "prefilled", "answer_tokens", "produced", "num_pages"]
     if not name.startswith("length"):  # whose chunks and splits follow the measured steps

@@ -126,7 +126,7 @@ def cache_bytes(runner: Runner) -> int:
 def test_no_loop_was_made_a_single_threaded_kernel(runner, windowed):
     # XLA:CPU marks such loops; the heads and the fill-in must not be among them (eejax/xla_flags.py).
     for one in (runner, windowed[0]):
-        assert "xla_cpu_small_call" not in one.decode_program(2).as_text()
+        assert "xla_cpu_small_call" not in one.decode_program(4).as_text()
 
 
 @pytest.mark.parametrize("kind", ["decode", "prefill"])
@@ -147,7 +147,7 @@ def test_memory_does_not_grow_with_the_cache_of_windows_and_blocks_of_exits(wind
 
 def assert_memory_does_not_grow_with_the_cache(runner: Runner, larger: Runner, kind: str) -> None:
     small, large = (
-        (r.decode_program(2) if kind == "decode" else r._prefill_program(16)).memory_analysis()
+        (r.decode_program(4) if kind == "decode" else r._prefill_program(16)).memory_analysis()
         for r in (runner, larger)
     )
     assert cache_bytes(larger) == 256 * cache_bytes(runner)
