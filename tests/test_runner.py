@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eejax.batch_arrays import MAX_DEVICE_STOP_IDS, logprobs_of
-from eejax.buckets import Piece, bucket_of, cut_prefill
+from eejax.buckets import Piece, batch_size, bucket_of, cut_prefill
 from eejax.config import CacheConfig, DecodeConfig, EngineConfig, ExitConfig, ModelConfig, SchedulerConfig
 from eejax.engine import Engine
 from eejax.kv_fill import WAITING_PER_ROW
@@ -174,6 +174,7 @@ def test_the_donated_cache_is_used_in_place(runner):
 def test_buckets_are_powers_of_two_that_cover_everything(runner):
     assert [bucket_of(n) for n in (1, 2, 3, 4, 5, 31, 33)] == [1, 2, 4, 4, 8, 32, 64]
     assert bucket_of(3, 16) == 16
+    assert [batch_size(40, 32, free) for free in (False, True)] == [64, 128]  # more than there are as a rule
     # Three sequences at the most, one row of four being padding; where that costs nothing, two are padded as well.
     assert runner.decode_buckets == ([1, 4] if NATIVE else [1, 2, 4])
     assert runner.prefill_buckets == [16]

@@ -13,9 +13,9 @@ Where only some columns are computed, these are copied as if there were no other
 #include "columns.h"
 #include "product.h"
 
-/* Columns up to which inner products are used: a panel would be mostly empty. Behind whole vectors another vector is
-there to be had for less, the weight being in the cache. */
+/* Columns up to which inner products are used: a panel would be mostly empty. */
 #define NARROW 8
+/* The same for columns that are left over behind whole vectors: the weight is in the cache then, so a panel costs less. */
 #define FEW_LEFT 4
 /* Bytes of weight of one work item: fits the second-level cache beside a panel of x. */
 #define ITEM_BYTES (256 * 1024)
@@ -43,8 +43,8 @@ INLINE int64_t left_over(const Product* p) {
   return p->columns > VL && left <= FEW_LEFT ? left : 0;
 }
 
-/* Floats from one row of results to the next, so that vectors fit wherever panels write them. */
-INLINE int64_t spacious(const Product* p) {
+/* Columns of a buffer of results with room for every vector that a panel writes. */
+INLINE int64_t padded_columns(const Product* p) {
   int64_t left = p->columns <= NARROW ? p->columns : left_over(p);
   return (p->columns - left + VL - 1) / VL * VL + left;
 }
@@ -438,7 +438,7 @@ INLINE int same_columns(const Product* p, const Product* q) {
 
 /* SwiGLU: the gate's rows lie before those that it multiplies. Both stand together until they go to their places. */
 static void gated_rows(const Product* p, int64_t begin, int64_t rows) {
-  int64_t n = p->list ? spacious(p) : p->columns, i = 0, count = rows * n;
+  int64_t n = p->list ? padded_columns(p) : p->columns, i = 0, count = rows * n;
   float *gates = p->gates + begin * n, *values = p->list ? gates + p->rows * n : p->out + begin * n;
   product_rows(p, p->weight + begin * p->depth, (Out){.to = gates, .stride = n, .spare = p->list != NULL}, rows, p->weight + (p->rows + begin) * p->depth);
   product_rows(p, p->weight + (p->rows + begin) * p->depth, (Out){.to = values, .stride = n, .spare = p->list != NULL}, rows, p->weight + (begin + rows) * p->depth);

@@ -25,7 +25,8 @@ typedef struct {
   int spare;
 } Out;
 
-/* `rows` of weight @ x, the weight given from the first one on; what is asked for `next` is fetched already. */
+/* `rows` of weight @ x, the weight given from the first one on. `next`: the weight that is read after them, for
+prefetching. */
 typedef void Rows(const Product* p, const float* weight, Out out, int64_t rows, const float* next);
 
 /* Of which columns `active` (of no elements: all) is not zero; the list is written to `list`, `width` integers. */
