@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-from eejax.errors import EejaxError
+from eejax.core import EejaxError
 
 BENCHES = {
     "latency": "one batch: time to first token, time per output token, early exit against full depth",

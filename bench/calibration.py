@@ -33,11 +33,8 @@ from bench.common import (
 )
 from bench.cost import ModelCost
 from eejax import LLM, EarlyExitParams
-from eejax.calibrator import LOSSES, CalibrationOptions, Losses, LossMeter, usable_prompts
-from eejax.checks import require
-from eejax.length_training import choose_prompts
-from eejax.params import Measure
-from eejax.risk import fixed_sequence
+from eejax.core import Measure, require
+from eejax.tune import LOSSES, CalibrationOptions, Losses, LossMeter, choose_prompts, fixed_sequence, usable_prompts
 
 MODEL = "checkpoints/demo"
 PROMPTS = "bench/schedule_prompts.jsonl"

@@ -22,15 +22,10 @@ from bench.cost import ModelCost
 from bench.rounding import rounded
 from bench.shapes import SHAPES, shape
 from eejax import LLM, EarlyExitParams
-from eejax.config import Choice, DecodeConfig, FillMode, ModelConfig
-from eejax.errors import ConfigError
-from eejax.model import INIT_SCALE, count_params, param_shapes
-from eejax.options import DTYPES, resolve_dtype
-from eejax.param_tree import leaves, rebuild
-from eejax.params import Measure
-from eejax.prompts import read_prompts
-from eejax.request import PromptLike
-from eejax.tokenizer import chat_prompt
+from eejax.core import Choice, ConfigError, DecodeConfig, FillMode, Measure, ModelConfig, PromptLike
+from eejax.model import INIT_SCALE, count_params, leaves, param_shapes, rebuild
+from eejax.serve import DTYPES, resolve_dtype
+from eejax.text import chat_prompt, read_prompts
 
 MEASURES: tuple[Measure, ...] = ("softmax", "margin", "similarity", "classifier")
 """Measures that look at the model; `--replay` is the one that does not."""

@@ -25,12 +25,8 @@ from rich.table import Table
 from bench import machine
 from bench.common import at_least, finish, median, options_of
 from bench.shapes import SHAPES, shape
-from eejax.config import ModelConfig
-from eejax.huggingface.config import write_config
-from eejax.huggingface.tensors import write_folder
-from eejax.huggingface.weight_map import write_leaves
-from eejax.model import count_params, param_shapes
-from eejax.param_tree import LazyArray, leaves
+from eejax.core import ModelConfig
+from eejax.model import LazyArray, count_params, leaves, param_shapes, write_config, write_folder, write_leaves
 
 SCRIPT = Path(__file__).parents[1] / "checkpoints" / "convert_hf.py"
 GB, MB = 1e9, 1e6

@@ -27,9 +27,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eejax.config import ModelConfig
-from eejax.exit_cost import PartSizes
-from eejax.exits import NEEDS_LOGITS
+from eejax.core import ModelConfig
+from eejax.device import NEEDS_LOGITS
+from eejax.serve import PartSizes
 
 
 @dataclass(frozen=True, slots=True)

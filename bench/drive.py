@@ -9,11 +9,9 @@ from dataclasses import dataclass, field, replace
 
 from bench.schedule_rows import Outcome
 from bench.step_model import DecodeCall, PrefillCall, pages_visited
-from eejax.engine import Engine
-from eejax.length_predictor import LengthPredictor
-from eejax.lengths import LengthEstimate
-from eejax.params import SamplingParams
-from eejax.request import CompletionOutput, MicroBatch, PromptLike, StepResult
+from eejax.core import CompletionOutput, LengthEstimate, MicroBatch, PromptLike, SamplingParams, StepResult
+from eejax.schedule import LengthPredictor
+from eejax.serve import Engine
 
 
 @dataclass(slots=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.plots import require_matplotlib
-from eejax.errors import ConfigError
+from eejax.core import ConfigError
 
 AGREEMENT = 0.98
 SPEEDUP = 1.25

@@ -16,8 +16,8 @@ import numpy as np
 from bench.cost import ModelCost, ideal_from_bytes, ideal_from_operations
 from bench.rounds import answer_costs, request_params
 from eejax import LLM, EarlyExitParams
-from eejax.request import PromptLike, RequestOutput
-from eejax.text_overlap import agreement, rouge_l
+from eejax.core import PromptLike, RequestOutput
+from eejax.tune import agreement, rouge_l
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,7 @@ from bench.cost import ModelCost, TokenCost
 from bench.latency import decode_window, speedups
 from bench.rounds import Round, request_params, run_round, token_costs
 from eejax import LLM, EarlyExitParams
-from eejax.config import DecodeConfig
-from eejax.request import PromptLike
+from eejax.core import DecodeConfig, PromptLike
 
 RULES = {"rows": DecodeConfig(), "all": DecodeConfig("never", "eager", "never")}
 """Ours, and that of Miao et al. (arXiv 2407.20272): a step's rows go on until all are resolved, and what they did not

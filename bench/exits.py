@@ -47,13 +47,10 @@ from bench.plots import require_matplotlib
 from bench.schedule import words
 from bench.shapes import shape
 from eejax import LLM, EarlyExitParams
-from eejax.config import ModelConfig
-from eejax.errors import ConfigError, ExitCostWarning
-from eejax.exit_cost import asked_and_left, exit_costs
-from eejax.exits import NEEDS_LOGITS
-from eejax.params import LOGIT_MEASURES, Measure
-from eejax.request import PromptLike
-from eejax.tuning_data import read_documents, text_bytes
+from eejax.core import LOGIT_MEASURES, ConfigError, ExitCostWarning, Measure, ModelConfig, PromptLike
+from eejax.device import NEEDS_LOGITS
+from eejax.serve import asked_and_left, exit_costs
+from eejax.tune import read_documents, text_bytes
 
 PROMPTS = Path("bench/schedule_prompts.jsonl")
 GRIDS: dict[Measure, tuple[float, ...]] = {

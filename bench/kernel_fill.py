@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from bench.common import random_params
 from bench.kernel_timing import MAX_SETS, Step, Timing, compare, sets_for, turns_for
-from eejax.config import CacheConfig, ModelConfig
-from eejax.kv_cache import PagedKVCache, Slots, init_cache, slots_of, write
+from eejax.core import CacheConfig, ModelConfig
+from eejax.device import PagedKVCache, Slots, init_cache, slots_of, write
 from eejax.model import bind
 from pallas_kernels import KVProjection, kv_fill, paged_attention
 from pallas_kernels.implementation import Implementation

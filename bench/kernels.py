@@ -26,7 +26,7 @@ from bench.common import at_least, finish, integers, numbers, options_of
 from bench.kernel_attention import CUDNN, AttentionCase
 from bench.kernel_fill import MODELS, FillCase
 from bench.kernel_timing import Timing, copy_bandwidth, one_line
-from eejax.checks import require
+from eejax.core import require
 
 COPY_BYTES = 2 * 2**30
 DRY_COPY_BYTES = 2**22

@@ -9,9 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence as Seq
 
-from eejax.lengths import LengthEstimate
-from eejax.policy import Selection, Static
-from eejax.request import Sequence
+from eejax.core import LengthEstimate, Sequence
+from eejax.schedule import Selection, Static
 
 BIN = 50
 """Predicted lengths are rounded up to multiples of this many tokens, as in the paper."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eejax.errors import ConfigError
+from eejax.core import ConfigError
 
 RUNNERS = Path(__file__).parent / "peer_runners"
 TORCH = "torch==2.13.0"

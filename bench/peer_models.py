@@ -18,13 +18,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from bench.cost import ModelCost, TokenCost, prefill_ops
 from bench.shapes import SHAPES
-from eejax.config import ExitConfig, ModelConfig
-from eejax.errors import ConfigError
-from eejax.huggingface.config import read_config, write_config
-from eejax.huggingface.tensors import write_folder
-from eejax.huggingface.weight_map import write_leaves
-from eejax.model import param_shapes
-from eejax.param_tree import LazyArray, leaves
+from eejax.core import ConfigError, ExitConfig, ModelConfig
+from eejax.model import LazyArray, leaves, param_shapes, read_config, write_config, write_folder, write_leaves
 
 EMBEDDING_SCALE = 0.02
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")

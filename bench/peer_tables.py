@@ -12,7 +12,7 @@ from rich.table import Table
 
 from bench.peer_engines import EEJAX
 from bench.plots import require_matplotlib
-from eejax.errors import ConfigError
+from eejax.core import ConfigError
 
 COLUMNS = (
     "", "tokens/s", "latency p50, s", "p95, s", "first token, s", "peak, MB",

@@ -37,8 +37,7 @@ from bench.peer_models import MODELS, WORKLOADS, Least, find_model, make_workloa
 from bench.peer_rounds import NOISY_CORES, Case, Entry, compare, rotated, summary, wait_until_idle
 from bench.peer_tables import plot, show
 from bench.plots import require_matplotlib
-from eejax.config import ModelConfig
-from eejax.errors import ConfigError
+from eejax.core import ConfigError, ModelConfig
 from eejax.model import count_params, param_shapes
 
 WORK = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "eejax" / "peers"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from eejax.errors import ConfigError
+from eejax.core import ConfigError
 
 PANELS = (("requests_per_s", "requests/s"), ("latency_mean_s", "mean latency, s"))
 

@@ -13,8 +13,7 @@ from rich.progress import track
 
 from bench.cost import TokenCost, decoded_tokens
 from eejax import LLM, EarlyExitParams, SamplingParams
-from eejax.config import ModelConfig
-from eejax.request import PromptLike
+from eejax.core import ModelConfig, PromptLike
 
 MODES = ("full_depth", "early_exit")
 

@@ -18,15 +18,9 @@ from bench.common import ModelOptions, at_least, early_exit_params
 from bench.drive import Answers, OraclePredictor, answer_all
 from bench.paper import MicroBatches
 from eejax import LLM, SamplingParams
-from eejax.config import PolicyName, PredictorName, SchedulerConfig
-from eejax.errors import ConfigError
-from eejax.length_heads import LengthHeads, load_length_heads
-from eejax.length_predictor import LengthPredictor, make_predictor
-from eejax.params import EarlyExitParams
-from eejax.policy import Policy
-from eejax.prompts import read_prompts
-from eejax.request import PromptLike
-from eejax.tokenizer import chat_prompt
+from eejax.core import ConfigError, EarlyExitParams, PolicyName, PredictorName, PromptLike, SchedulerConfig
+from eejax.schedule import LengthHeads, LengthPredictor, Policy, load_length_heads, make_predictor
+from eejax.text import chat_prompt, read_prompts
 
 REGIMES = ("roomy", "limited")
 MODES = ("full_depth", "early_exit")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from eejax.config import ExitConfig, ModelConfig
-from eejax.errors import ConfigError
+from eejax.core import ConfigError, ExitConfig, ModelConfig
 
 
 def _llama(

@@ -27,10 +27,8 @@ from bench.schedule_rows import Outcome, figures, rows_table, with_ratios
 from bench.schedule_setup import MODES, REGIMES, ROWS, Bench, paper_policy, parsed, request_options
 from bench.simulator import SimulatedRequest, simulate
 from bench.step_model import DecodeCall, StepModel
-from eejax.config import SchedulerConfig
-from eejax.errors import ConfigError
-from eejax.lengths import LEVELS, LengthEstimate
-from eejax.step_cost import StepCost
+from eejax.core import LEVELS, ConfigError, LengthEstimate, SchedulerConfig
+from eejax.schedule import StepCost
 
 CHECKED = ("static", "paper", "fcfs", "length_prompt")
 SIMULATED = (*CHECKED, "length_oracle")

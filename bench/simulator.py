@@ -9,16 +9,18 @@ from dataclasses import dataclass
 
 from bench.schedule_rows import Outcome
 from bench.step_model import DecodeCall, PrefillCall, StepModel, pages_visited
-from eejax.buckets import batch_size
-from eejax.config import SchedulerConfig
-from eejax.lengths import LengthEstimate
-from eejax.page_allocator import PageAllocator
-from eejax.params import SamplingParams
-from eejax.policy import Policy
-from eejax.request import MicroBatch, Request, RowResult, StepResult
-from eejax.request import Sequence as Row
-from eejax.scheduler import Scheduler
-from eejax.step_cost import StepCost
+from eejax.core import (
+    LengthEstimate,
+    MicroBatch,
+    Request,
+    RowResult,
+    SamplingParams,
+    SchedulerConfig,
+    StepResult,
+    batch_size,
+)
+from eejax.core import Sequence as Row
+from eejax.schedule import PageAllocator, Policy, Scheduler, StepCost
 
 STOP, TOKEN = 1, 2
 

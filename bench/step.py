@@ -55,9 +55,7 @@ from bench.schedule import words
 from bench.shapes import shape
 from bench.xla_profile import CONTROL_FLOW, SCOPES, cpu_runs, instructions, module_name, part_of, split, trace
 from eejax import LLM, EarlyExitParams, SamplingParams
-from eejax.config import ModelConfig
-from eejax.errors import ConfigError
-from eejax.request import PromptLike
+from eejax.core import ConfigError, ModelConfig, PromptLike
 
 PARTS = (*SCOPES, CONTROL_FLOW, "copies", "other", "host")
 

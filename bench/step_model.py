@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from eejax.config import MIN_PREFILL_BUCKET
-from eejax.errors import ConfigError
+from eejax.core import MIN_PREFILL_BUCKET, ConfigError
 
 FIT_ROUNDS = 5
 

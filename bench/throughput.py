@@ -34,7 +34,7 @@ from bench.common import (
 from bench.cost import ModelCost, TokenCost, ideal_from_operations, prefill_ops
 from bench.rounds import MODES, Round, request_params, run_interleaved, token_costs
 from eejax import LLM
-from eejax.request import PromptLike
+from eejax.core import PromptLike
 
 
 def parser() -> argparse.ArgumentParser:

@@ -19,18 +19,24 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
 
-from eejax import huggingface
-from eejax.checks import require
-from eejax.config import ExitConfig, ExitHeadKind, ModelConfig
-from eejax.errors import CheckpointError, ConfigError, EejaxError
-from eejax.exit_heads import add_exits
-from eejax.huggingface.config import to_huggingface, write_config
-from eejax.huggingface.tensors import write_folder
-from eejax.huggingface.weight_map import write_leaves
-from eejax.options import resolve_dtype
-from eejax.param_tree import LazyArray, leaves, rebuild
-from eejax.tokenizer import copy_tokenizer, has_tokenizer, load_tokenizer
-from eejax.weights import check_target, load_lazily, replacing_folder, write_checkpoint
+from eejax.core import CheckpointError, ConfigError, EejaxError, ExitConfig, ExitHeadKind, ModelConfig, require
+from eejax.model import (
+    LazyArray,
+    add_exits,
+    check_target,
+    huggingface,
+    leaves,
+    load_lazily,
+    rebuild,
+    replacing_folder,
+    to_huggingface,
+    write_checkpoint,
+    write_config,
+    write_folder,
+    write_leaves,
+)
+from eejax.serve import resolve_dtype
+from eejax.text import copy_tokenizer, has_tokenizer, load_tokenizer
 
 MAX_SHARD_BYTES = 4 * 2**30
 

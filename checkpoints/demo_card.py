@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from eejax.config import ModelConfig
-from eejax.length_heads import HEADS_FILE, load_length_heads
+from eejax.core import ModelConfig
+from eejax.schedule import HEADS_FILE, load_length_heads
 
 ATTRIBUTION = (
     "OpenAssistant Conversations (OASST1), LAION and contributors, Apache-2.0. English text via TurkuNLP/oasst-fi. "

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from eejax.tokenizer import CONFIG_FILE, MODEL_FILE, SPACE_MARK, Tokenizer
+from eejax.text import CONFIG_FILE, MODEL_FILE, SPACE_MARK, Tokenizer
 
 INSTRUCT = ("oasst1_en", "gsm8k", "simple_instructions", "tldr")
 LM_TEXT = ("oasst1_en_messages",)

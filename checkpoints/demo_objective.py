@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float, Int
 
-from eejax.config import ModelConfig
+from eejax.core import ModelConfig
 from eejax.model import bind
 from pallas_kernels.head import Best
 

@@ -18,11 +18,9 @@ from checkpoints import demo_data
 from checkpoints.demo_card import write_card
 from checkpoints.demo_objective import CONFIDENCES, Numerics, Objective, exit_scores, loss_and_grads
 from checkpoints.demo_optimiser import demo_optimiser
-from eejax.config import ExitConfig, ModelConfig
-from eejax.model import init_params
-from eejax.orbax_tree import load_tree, save_tree
-from eejax.tokenizer import CONFIG_FILE, MODEL_FILE, load_tokenizer
-from eejax.weights import replacing_folder, write_checkpoint
+from eejax.core import ExitConfig, ModelConfig
+from eejax.model import init_params, load_tree, replacing_folder, save_tree, write_checkpoint
+from eejax.text import CONFIG_FILE, MODEL_FILE, load_tokenizer
 
 
 def _model(

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from checkpoints.demo_objective import Numerics, chunks, dot, exit_features, turned
-from eejax.config import ModelConfig
+from eejax.core import ModelConfig
 
 PROBE_SCALE = 10.0
 """Probes are learnt at this fraction of their size: Adam then moves them as much faster as they need it."""

@@ -27,13 +27,8 @@ from typing import Any
 
 import numpy as np
 
-from eejax.checks import require
-from eejax.config import ExitConfig, ExitHeadKind, ModelConfig
-from eejax.errors import CheckpointError, ConfigError
-from eejax.huggingface.config import read_json
-from eejax.huggingface.tensors import SINGLE_FILE, TensorFiles, nothing_in
-from eejax.model import param_shapes
-from eejax.param_tree import LazyArray, compare, rebuild
+from eejax.core import CheckpointError, ConfigError, ExitConfig, ExitHeadKind, ModelConfig, require
+from eejax.model import SINGLE_FILE, LazyArray, TensorFiles, compare, nothing_in, param_shapes, read_json, rebuild
 
 ARGUMENTS_FILE = "args.json"
 PREFIXES = ("model.", "language_model.")

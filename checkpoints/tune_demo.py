@@ -46,12 +46,10 @@ from checkpoints.demo_tuning import (
 )
 from checkpoints.train_demo import choose_dtype
 from eejax import LLM, SamplingParams
-from eejax.calibration import fingerprint
-from eejax.config import ModelConfig
-from eejax.model import count_params
-from eejax.param_tree import leaves
-from eejax.tokenizer import CONFIG_FILE, MODEL_FILE, Tokenizer, chat_prompt
-from eejax.weights import check_target, load_checkpoint
+from eejax.core import ModelConfig
+from eejax.model import check_target, count_params, leaves, load_checkpoint
+from eejax.serve import fingerprint
+from eejax.text import CONFIG_FILE, MODEL_FILE, Tokenizer, chat_prompt
 
 PROMPT_SHARES = {"oasst1_en": 0.4, "gsm8k": 0.2, "simple_instructions": 0.2, "tldr": 0.2}
 LONGEST_PROMPT = 400

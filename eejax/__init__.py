@@ -5,21 +5,24 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from eejax.errors import (
+from eejax.core import (
     CapacityError,
     CheckpointError,
+    CompletionOutput,
     ConfigError,
+    DecayingThreshold,
+    EarlyExitParams,
     EejaxError,
     ExitCostWarning,
     InvalidRequestError,
+    RequestOutput,
+    SamplingParams,
     TokenizerError,
+    set_xla_flags,
 )
-from eejax.params import DecayingThreshold, EarlyExitParams, SamplingParams
-from eejax.request import CompletionOutput, RequestOutput
-from eejax.xla_flags import set_xla_flags
 
 if TYPE_CHECKING:
-    from eejax.llm import LLM, StreamDelta
+    from eejax.serve import LLM, StreamDelta
 
 __all__ = [
     "LLM",
@@ -44,7 +47,7 @@ set_xla_flags(os.environ)
 def __getattr__(name: str) -> object:
     """Import what needs jax only when it is used, so that parameters and `--help` stay quick."""
     if name in ("LLM", "StreamDelta"):
-        from eejax import llm
+        from eejax import serve
 
-        return getattr(llm, name)
+        return getattr(serve, name)
     raise AttributeError(f"module 'eejax' has no attribute {name!r}")

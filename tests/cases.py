@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eejax.config import ExitConfig, ModelConfig, RopeScaling
-from eejax.model import param_shapes
-from eejax.params import DecayingThreshold, EarlyExitParams
+from eejax.core.config import ExitConfig, ModelConfig, RopeScaling
+from eejax.core.params import DecayingThreshold, EarlyExitParams
+from eejax.model.transformer import param_shapes
 from tests.reference import Reference, ReferenceResult, confidence, generate
 
 CLEAR = 1e-4

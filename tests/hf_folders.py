@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from eejax.config import ExitConfig, ModelConfig
-from eejax.huggingface.config import to_huggingface
-from eejax.huggingface.weight_map import write_leaves
-from eejax.param_tree import LazyArray, leaves
+from eejax.core.config import ExitConfig, ModelConfig
+from eejax.model.huggingface.config import to_huggingface
+from eejax.model.huggingface.weight_map import write_leaves
+from eejax.model.param_tree import LazyArray, leaves
 from tests.cases import random_params, shape_config
 
 

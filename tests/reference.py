@@ -21,8 +21,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eejax.config import ModelConfig
-from eejax.params import DecayingThreshold, EarlyExitParams
+from eejax.core.config import ModelConfig
+from eejax.core.params import DecayingThreshold, EarlyExitParams
 
 
 @dataclass(frozen=True)

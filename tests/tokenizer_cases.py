@@ -11,8 +11,8 @@ from typing import Any
 
 import sentencepiece
 
-from eejax.errors import TokenizerError
-from eejax.tokenizer import load_tokenizer
+from eejax.core.errors import TokenizerError
+from eejax.text.tokenizer import load_tokenizer
 
 FOLDERS = Path(__file__).parent / "fixtures" / "tokenizers"
 NAMES = sorted(folder.name for folder in FOLDERS.iterdir() if folder.is_dir())

@@ -29,7 +29,7 @@ KERNELS = ("attention", "fill")
 LARGE_RUNS = ("full", "eager-cond", "deferred-cond", "eager-while", "asked")
 BATCH_RUNS = ("full", "eager-cond", "asked")
 GRAPHS = "--xla_gpu_enable_command_buffer=+WHILE,+CONDITIONAL"
-TEST_FILES = ("tests/test_paged_attention.py", "tests/test_kv_fill.py")
+TEST_FILES = ("tests/kernels/test_paged_attention.py", "tests/kernels/test_kv_fill.py")
 
 
 @dataclass(frozen=True, slots=True)

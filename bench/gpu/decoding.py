@@ -24,11 +24,10 @@ from bench.latency import decode_window, speedups, summary
 from bench.rounds import Round, request_params, run_round, token_costs
 from bench.shapes import SHAPES, shape
 from eejax import LLM, EarlyExitParams
-from eejax.buckets import bucket_of
-from eejax.config import MIN_PREFILL_BUCKET, CacheConfig, DecodeConfig, EngineConfig, FillMode, SchedulerConfig
+from eejax.core import MIN_PREFILL_BUCKET, CacheConfig, DecodeConfig, EngineConfig, FillMode, SchedulerConfig, bucket_of
+from eejax.device import Runner
 from eejax.model import param_shapes
-from eejax.options import default_num_pages, resolve_dtype
-from eejax.runner import Runner
+from eejax.serve import default_num_pages, resolve_dtype
 from pallas_kernels.control_flow import VARIABLE
 
 REPLAY = (0.7, 0.2)

@@ -22,12 +22,10 @@ from typing import Any
 from bench.gpu.record import RESULTS, report, results
 from bench.kernels import interpreted
 from eejax import LLM, EarlyExitParams, SamplingParams
-from eejax.config import ExitConfig, ModelConfig
-from eejax.options import resolve_dtype
-from eejax.prompts import read_prompts
-from eejax.request import PromptLike
-from eejax.tokenizer import Tokenizer, chat_prompt, load_tokenizer
-from eejax.weights import load_checkpoint
+from eejax.core import ExitConfig, ModelConfig, PromptLike
+from eejax.model import load_checkpoint
+from eejax.serve import resolve_dtype
+from eejax.text import Tokenizer, chat_prompt, load_tokenizer, read_prompts
 from pallas_kernels.implementation import VARIABLE
 
 RUNS = {"mosaic": ("mosaic", "bfloat16"), "xla": ("xla", "bfloat16"), "float32": ("xla", "float32")}

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from bench.gpu.record import report
 from bench.kernel_timing import seconds_of
-from eejax.xla_flags import compiler_options
+from eejax.core import compiler_options
 from pallas_kernels import control_flow
 from pallas_kernels.projection import rms_norm
 

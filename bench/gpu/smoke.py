@@ -19,7 +19,7 @@ from bench.gpu.record import report
 from bench.kernel_fill import MODELS
 from bench.kernel_timing import TOLERANCE, relative_error
 from bench.kernels import interpreted
-from eejax.config import ModelConfig
+from eejax.core import ModelConfig
 from pallas_kernels import KVProjection, kv_fill, paged_attention
 from pallas_kernels.implementation import Implementation
 

@@ -1,0 +1,10 @@
+"""The command line: `eejax generate`, `info`, `demo`, `tune-exits`, `train-length`, `calibrate`."""
+
+from __future__ import annotations
+
+from eejax.cli.app import app, main
+
+__all__ = [
+    "app",
+    "main",
+]

@@ -1,0 +1,237 @@
+"""What a user may ask for with one request. Nothing here imports jax."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from eejax.core.checks import is_number, named_options, require, require_positive_int
+from eejax.core.config import ModelConfig
+from eejax.core.errors import InvalidRequestError
+
+type Thresholds = float | list[float] | tuple[float, ...]
+Measure = Literal["softmax", "margin", "similarity", "classifier", "random"]
+
+CALIBRATED = "calibrated"
+"""A threshold that is looked up in the checkpoint: `eejax calibrate` stores it there."""
+LOGIT_MEASURES = ("softmax", "margin")
+"""Measures that ask an exit's head."""
+MAX_CONFIDENCE = 1.0
+"""No measure exceeds this, so a threshold above it is exactly full depth."""
+MAX_LOGPROBS = 20
+
+
+def _require_number(owner: str, name: str, value: object, low: float, high: float, allowed: str) -> None:
+    require(
+        is_number(value) and low <= value <= high,  # pyright: ignore[reportOperatorIssue]
+        f"{owner}.{name} must be {allowed}, got {value!r}",
+    )
+
+
+@named_options
+@dataclass(frozen=True, slots=True)
+class DecayingThreshold:
+    """A threshold that falls along the answer (CALM, arXiv 2207.07061, eq. 5).
+
+    At answer token `t` of at most `N = max_tokens` tokens it is `clip(0.9 value + 0.1 exp(-tau t / N), 0, 1)`:
+    early tokens, whose mistakes spread furthest, are held to more.
+    """
+
+    value: Thresholds
+    tau: float = 4.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "value", _checked_thresholds("DecayingThreshold.value", self.value))
+        _require_number("DecayingThreshold", "tau", self.tau, 0.0, 1e6, "a number in [0, 1e6]")
+
+
+def _checked_thresholds(name: str, value: Thresholds) -> float | tuple[float, ...]:
+    values = value if isinstance(value, list | tuple) else (value,)
+    require(
+        all(is_number(one) and one >= 0 for one in values),  # False for NaN
+        f"{name} must be numbers of at least 0 (above 1 is full depth), got {value!r}",
+    )
+    return tuple(float(one) for one in value) if isinstance(value, list | tuple) else float(value)
+
+
+@named_options
+@dataclass(frozen=True, slots=True)
+class EarlyExitParams:
+    """When a request's tokens may leave the network.
+
+    Attributes:
+        threshold: confidence at which a token leaves; one number, one per exit (ascending layers), or a
+            `DecayingThreshold`. Above 1 no token ever leaves: exactly full depth. `"calibrated"` is the threshold that
+            `eejax calibrate` certified for this measure and stored in the checkpoint. Its promise, an expected loss of
+            at most `max_risk` with the confidence asked for, is about greedy answers with the `max_tokens` of the
+            calibration to prompts like its prompts. Results do not depend on the batch, so it holds in every batch.
+        measure: of a row's confidence at an exit (CALM, arXiv 2207.07061, sec. 3.3).
+            `softmax` (top probability) and `margin` (top minus second probability), both of the untempered
+            distribution, ask the exit's head.
+            `similarity` (cosine of the hidden states behind and before the exit's block) and `classifier` (what the
+            exit's linear probe, trained by `eejax tune-exits`, says) ask none: one vocabulary projection a token.
+            `random`, a seeded uniform number per token, asks no head either (a threshold of 0.3 lets 70 % of tokens
+            leave): a baseline, and the means to replay an exit distribution on any weights.
+        exit_layers: use only these of the model's exits; all when None.
+        min_layers: blocks every token runs at least.
+        gate: probability, by the exit's linear probe, below which the exit's head is not asked, so that the token goes
+            on: one dot product instead of a vocabulary projection. 0 asks always. For `softmax` and `margin`.
+    """
+
+    threshold: Thresholds | DecayingThreshold | Literal["calibrated"] = 0.9
+    measure: Measure = "softmax"
+    exit_layers: Sequence[int] | None = None
+    min_layers: int = 0
+    gate: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require_number("EarlyExitParams", "gate", self.gate, 0.0, 1.0, "a number in [0, 1]")
+        if self.gate:
+            require(
+                self.measure in LOGIT_MEASURES,
+                f"EarlyExitParams.gate is for measures that ask a head, {' and '.join(LOGIT_MEASURES)}, and this is "
+                f"{self.measure!r}: leave it at 0",
+            )
+            require(
+                self.threshold != CALIBRATED,
+                f"EarlyExitParams.gate must be 0 where the threshold is {CALIBRATED!r}, got {self.gate!r}: that was "
+                "certified without a gate",
+            )
+        if isinstance(self.threshold, str):
+            require(
+                self.threshold == CALIBRATED,
+                f"EarlyExitParams.threshold must be numbers or {CALIBRATED!r}, got {self.threshold!r}",
+            )
+        elif not isinstance(self.threshold, DecayingThreshold):
+            object.__setattr__(self, "threshold", _checked_thresholds("EarlyExitParams.threshold", self.threshold))
+        allowed = get_args(Measure)
+        require(
+            self.measure in allowed,
+            f"EarlyExitParams.measure must be one of {', '.join(allowed)}, got {self.measure!r}",
+        )
+        if self.exit_layers is not None:
+            require(
+                isinstance(self.exit_layers, list | tuple),
+                f"EarlyExitParams.exit_layers must be a list of block numbers, got {self.exit_layers!r}",
+            )
+            for layer in self.exit_layers:
+                require_positive_int("EarlyExitParams", exit_layers=layer)
+            object.__setattr__(self, "exit_layers", tuple(sorted(set(self.exit_layers))))
+        require(
+            isinstance(self.min_layers, int) and not isinstance(self.min_layers, bool) and self.min_layers >= 0,
+            f"EarlyExitParams.min_layers must be an integer of at least 0, got {self.min_layers!r}",
+        )
+
+    def thresholds_for(self, model: ModelConfig) -> tuple[float, ...]:
+        """One threshold per exit of `model`, `inf` where this request may not leave.
+
+        Raises:
+            InvalidRequestError: the model lacks one of `exit_layers` or the probes that `classifier` and `gate` ask,
+                `min_layers` exceeds its depth, the number of thresholds differs from the number of exits used, or the
+                threshold is "calibrated", which only a loaded model can look up (`CalibratedThresholds`).
+        """
+        layers = model.exits.layers
+        if isinstance(self.threshold, str):
+            raise InvalidRequestError(f"the threshold is {self.threshold!r}; here a number is needed")
+        if (self.measure == "classifier" or self.gate) and not model.exits.probes:
+            wish = f"gate {self.gate:g}" if self.gate else f"measure {self.measure!r}"
+            raise InvalidRequestError(
+                f"{wish} needs a probe at each of the exits {list(layers)}, and this model has none: "
+                "eejax tune-exits trains them"
+            )
+        used = layers if self.exit_layers is None else self.exit_layers
+        unknown = [layer for layer in used if layer not in layers]
+        if unknown:
+            raise InvalidRequestError(f"exit_layers {unknown} are not exits of this model; it has {list(layers)}")
+        if self.min_layers > model.n_layers:
+            raise InvalidRequestError(f"min_layers {self.min_layers} is above the model's {model.n_layers} blocks")
+        values = self.threshold.value if isinstance(self.threshold, DecayingThreshold) else self.threshold
+        values = values if isinstance(values, list | tuple) else (values,) * len(used)
+        if len(values) != len(used):
+            raise InvalidRequestError(
+                f"{len(values)} thresholds {list(values)} for {len(used)} exits {list(used)}: give one, or one per exit"
+            )
+        chosen = dict(zip(used, values, strict=True))
+        allowed = {e: t for e, t in chosen.items() if e >= self.min_layers and t <= MAX_CONFIDENCE}
+        return tuple(allowed.get(layer, math.inf) for layer in layers)
+
+
+@named_options
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one request is answered; names and meanings as in vLLM.
+
+    Attributes:
+        n: answers to the prompt.
+        temperature: 0 is greedy.
+        top_p, top_k, min_p: keep only the likeliest tokens; 1, 0 and 0 keep all. Tokens tied at the border all stay.
+        max_tokens: answer tokens at the most; None for as many as the model's length allows.
+        stop: strings that end the answer; the text ends before them.
+        stop_token_ids: tokens that end the answer, beside the end-of-sequence token; they stay in `token_ids`.
+        ignore_eos: do not stop at the end-of-sequence token.
+        seed: seeds this request alone; from the engine's seed when None.
+        logprobs: report the log-probability of each token and of this many likeliest ones (0 to 20).
+        early_exit: None runs every token at full depth.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    max_tokens: int | None = 16
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    seed: int | None = None
+    logprobs: int | None = None
+    early_exit: EarlyExitParams | None = None
+
+    def __post_init__(self) -> None:
+        me = "SamplingParams"
+        require_positive_int(me, n=self.n)
+        _require_number(me, "temperature", self.temperature, 0.0, 1e3, "a number in [0, 1000]")
+        require(
+            is_number(self.top_p) and 0 < self.top_p <= 1,
+            f"{me}.top_p must be a number in (0, 1], got {self.top_p!r}",
+        )
+        _require_number(me, "min_p", self.min_p, 0.0, 1.0, "a number in [0, 1]")
+        require(
+            isinstance(self.top_k, int) and not isinstance(self.top_k, bool) and self.top_k >= -1,
+            f"{me}.top_k must be 0 or -1 (all) or a positive integer, got {self.top_k!r}",
+        )
+        object.__setattr__(self, "top_k", max(self.top_k, 0))
+        if self.max_tokens is not None:
+            require_positive_int(me, max_tokens=self.max_tokens)
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        require(
+            isinstance(stop, list | tuple) and all(isinstance(s, str) and s for s in stop),
+            f"{me}.stop must be a non-empty string or a list of them, got {self.stop!r}",
+        )
+        object.__setattr__(self, "stop", tuple(stop))  # a tuple from here on
+        ids = self.stop_token_ids
+        require(
+            isinstance(ids, list | tuple)
+            and all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids),
+            f"{me}.stop_token_ids must be a list of token ids, got {ids!r}",
+        )
+        object.__setattr__(self, "stop_token_ids", tuple(ids))
+        require(isinstance(self.ignore_eos, bool), f"{me}.ignore_eos must be a bool, got {self.ignore_eos!r}")
+        if self.seed is not None:
+            require(
+                isinstance(self.seed, int) and not isinstance(self.seed, bool) and 0 <= self.seed < 2**32,
+                f"{me}.seed must be an integer in 0..2**32-1, got {self.seed!r}",
+            )
+        if self.logprobs is not None:
+            require(
+                isinstance(self.logprobs, int)
+                and not isinstance(self.logprobs, bool)
+                and 0 <= self.logprobs <= MAX_LOGPROBS,
+                f"{me}.logprobs must be an integer in 0..{MAX_LOGPROBS}, got {self.logprobs!r}",
+            )
+        require(
+            self.early_exit is None or isinstance(self.early_exit, EarlyExitParams),
+            f"{me}.early_exit must be EarlyExitParams or None, got {self.early_exit!r}",
+        )

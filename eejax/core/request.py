@@ -1,0 +1,256 @@
+"""How the host keeps track of a request, what it hands to the device, and what the user gets back. No jax here."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from eejax.core.errors import EejaxError
+from eejax.core.lengths import LengthEstimate
+from eejax.core.params import SamplingParams
+
+FinishReason = Literal["stop", "length", "abort", "deadline"]
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """Natural log-probability of a token under the untempered distribution, and its rank (1 is the likeliest)."""
+
+    logprob: float
+    rank: int
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A validated request. `max_tokens` is already cut to what the model's length allows.
+
+    Attributes:
+        thresholds: one per exit, infinite where no token may leave; `may_leave` somewhere.
+        priority: requests of a lower number go first.
+        deadline: on the monotonic clock, in seconds; what is not finished then ends as it is.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    max_tokens: int
+    thresholds: tuple[float, ...]
+    stop_token_ids: frozenset[int]
+    seed: int
+    priority: int = 0
+    deadline: float | None = None
+    arrival_time: float = field(default_factory=time.monotonic)
+    sequences: list[Sequence] = field(default_factory=list)
+    may_leave: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.may_leave = any(threshold < math.inf for threshold in self.thresholds)
+        self.sequences = [Sequence(self, index) for index in range(self.params.n)]
+
+    @property
+    def finished(self) -> bool:
+        """Whether every answer is complete."""
+        return all(seq.finish_reason is not None for seq in self.sequences)
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One answer in the making: its tokens, and where its KV lies.
+
+    Attributes:
+        exit_layers: blocks run for each answer token; the first comes from prefill, at full depth.
+        exit_counts: how many of the decoded tokens left at which layer.
+        pages: physical pages in order of position; this sequence holds one reference to each.
+        num_cached: leading tokens whose K and V are in the cache.
+        number: order of arrival at the scheduler; `arrival` is its clock then, in decode steps.
+        estimate: how long the answer will be, as far as a predictor knows.
+        expected_tokens, promised_tokens: of the answer, by the estimate or its tail: the mean, and what pages are
+            promised for. The `length` policy keeps them here.
+        parkings: how often it held pages and was left out of the next chunk after having been in one.
+    """
+
+    request: Request
+    index: int
+    output_token_ids: list[int] = field(default_factory=list)
+    exit_layers: list[int] = field(default_factory=list)
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    exit_counts: Counter[int] = field(default_factory=Counter)
+    pages: list[int] = field(default_factory=list)
+    num_cached: int = 0
+    finish_reason: FinishReason | None = None
+    number: int = 0
+    arrival: int = 0
+    estimate: LengthEstimate | None = None
+    expected_tokens: float = 0.0
+    promised_tokens: int = 0
+    parkings: int = 0
+    preemptions: int = 0
+    first_token_time: float | None = None
+    finish_time: float | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and answer tokens so far."""
+        return len(self.request.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def remaining(self) -> int:
+        """Answer tokens that may still follow."""
+        return self.request.max_tokens - len(self.output_token_ids)
+
+    @property
+    def prefill_length(self) -> int:
+        """Tokens to prefill from position 0 before this sequence can decode.
+
+        A fresh sequence prefills its prompt, which yields its first answer token. A preempted one prefills its prompt
+        and all answer tokens but the last, which is the next decode step's input.
+        """
+        return len(self.request.prompt_token_ids) + max(0, len(self.output_token_ids) - 1)
+
+    def prefill_tokens(self, n_layers: int) -> tuple[list[int], list[int]]:
+        """Token ids to prefill, and the number of blocks each one ran.
+
+        That is `n_layers` for the prompt, and for answer token `i`, which was the input that produced token `i + 1`,
+        the exit layer of token `i + 1`.
+        """
+        prompt = self.request.prompt_token_ids
+        tokens = [*prompt, *self.output_token_ids[:-1]]
+        return tokens, [n_layers] * len(prompt) + self.exit_layers[1:]
+
+    def append(self, token: int, exit_layer: int, logprobs: dict[int, Logprob] | None) -> None:
+        """Take over one answer token and set the finish reason that token ids and counts alone decide."""
+        if self.output_token_ids:
+            self.exit_counts[exit_layer] += 1
+        else:
+            self.first_token_time = time.monotonic()
+        self.output_token_ids.append(token)
+        self.exit_layers.append(exit_layer)
+        if logprobs is not None:
+            self.logprobs.append(logprobs)
+        if token in self.request.stop_token_ids:
+            self.finish("stop")
+        elif self.remaining <= 0:
+            self.finish("length")
+
+    def truncate(self, length: int) -> None:
+        """Forget answer tokens behind the first `length`."""
+        del self.output_token_ids[length:], self.exit_layers[length:], self.logprobs[length:]
+        self.exit_counts = Counter(self.exit_layers[1:])
+
+    def finish(self, reason: FinishReason) -> None:
+        """Set the finish reason and time."""
+        self.finish_reason = reason
+        self.finish_time = time.monotonic()
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """What the device does next: prefill these sequences, or decode them together.
+
+    Attributes:
+        n_steps: decode steps at the most; every row has pages for that many more tokens.
+        yield_on_free: hand back control as soon as a row finishes, because somebody waits for its slot.
+        width: rows that the batch has at least; a static batch keeps the places of those that are done.
+        hold: rows to gather at an exit before those that did not leave go on (1: hold nobody).
+    """
+
+    kind: Literal["prefill", "decode"]
+    rows: tuple[Sequence, ...]
+    n_steps: int = 0
+    yield_on_free: bool = False
+    width: int = 0
+    hold: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class RowResult:
+    """New tokens of one row of a micro-batch, in order; `logprobs` is empty unless the request asked for them.
+
+    Attributes:
+        hidden: `[hidden_size]`, the last block's output for the last prompt token; of a fresh prefill alone.
+    """
+
+    token_ids: tuple[int, ...]
+    exit_layers: tuple[int, ...]
+    logprobs: tuple[dict[int, Logprob], ...] = ()
+    hidden: np.ndarray | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one micro-batch produced, row for row, and what it cost.
+
+    Attributes:
+        steps: decode steps run (0 for prefill).
+        blocks_run: blocks executed for the batch as a whole.
+        heads_run: vocabulary projections executed.
+        row_steps: rows of the batch, padding included, summed over steps.
+        row_blocks: rows that the device computed in each block it ran, padding included, summed over blocks.
+        row_heads: the same for vocabulary projections.
+        fills: blocks whose K and V projection ran for fill-in alone.
+    """
+
+    rows: tuple[RowResult, ...]
+    steps: int = 0
+    blocks_run: int = 0
+    heads_run: int = 0
+    row_steps: int = 0
+    row_blocks: int = 0
+    row_heads: int = 0
+    fills: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RequestMetrics:
+    """Seconds on the monotonic clock, None where not reached."""
+
+    arrival_time: float
+    first_token_time: float | None
+    finish_time: float | None
+    preemptions: int
+    parkings: int = 0
+
+    @property
+    def latency(self) -> float | None:
+        """Seconds from arrival to the last token."""
+        return None if self.finish_time is None else self.finish_time - self.arrival_time
+
+    @property
+    def time_to_first_token(self) -> float | None:
+        """Seconds from arrival to the first token."""
+        return None if self.first_token_time is None else self.first_token_time - self.arrival_time
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionOutput:
+    """One answer. `exit_layers[i]` is the number of blocks that token `i` ran; `finish_reason` is None meanwhile."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[dict[int, Logprob], ...] | None
+    exit_layers: tuple[int, ...]
+    finish_reason: FinishReason | None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """A request's answers. A request that could not be served has no outputs, and `error` says why."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    outputs: tuple[CompletionOutput, ...]
+    finished: bool
+    metrics: RequestMetrics | None
+    error: EejaxError | None = None
+
+
+PromptLike = str | dict[str, Seq[int]]

@@ -1,0 +1,26 @@
+"""What runs on the device: prefill, the decode loop with its exits, sampling, the paged KV cache, compiled programs.
+
+`Runner` is the way in: it owns parameters and cache and runs micro-batches. Everything that it compiles is a pure
+function of explicit state.
+"""
+
+from __future__ import annotations
+
+from eejax.device.exits import NEEDS_LOGITS
+from eejax.device.kernels import choose_kernels
+from eejax.device.kv_cache import PagedKVCache, Slots, init_cache, page_bytes, slots_of, write
+from eejax.device.runner import Runner, default_dtype, use_compilation_cache
+
+__all__ = [
+    "NEEDS_LOGITS",
+    "PagedKVCache",
+    "Runner",
+    "Slots",
+    "choose_kernels",
+    "default_dtype",
+    "init_cache",
+    "page_bytes",
+    "slots_of",
+    "use_compilation_cache",
+    "write",
+]

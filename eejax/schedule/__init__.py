@@ -1,0 +1,42 @@
+"""Which sequences are prefilled and decoded next, and on which pages: scheduler, policies, predicted lengths, costs.
+
+No jax: a device can be simulated around it. Scheduler and runner know each other only by `MicroBatch` and `StepResult`.
+"""
+
+from __future__ import annotations
+
+from eejax.schedule.length_heads import HEADS_FILE, LengthHeads, load_length_heads, save_length_heads
+from eejax.schedule.length_predictor import (
+    QUESTION_TOKENS,
+    ConstantPredictor,
+    LengthPredictor,
+    hidden_features,
+    make_predictor,
+    prompt_features,
+    said_number,
+)
+from eejax.schedule.page_allocator import PageAllocator, pages_needed
+from eejax.schedule.policy import Policy, Selection, Static
+from eejax.schedule.scheduler import Scheduler
+from eejax.schedule.step_cost import StepCost
+
+__all__ = [
+    "HEADS_FILE",
+    "QUESTION_TOKENS",
+    "ConstantPredictor",
+    "LengthHeads",
+    "LengthPredictor",
+    "PageAllocator",
+    "Policy",
+    "Scheduler",
+    "Selection",
+    "Static",
+    "StepCost",
+    "hidden_features",
+    "load_length_heads",
+    "make_predictor",
+    "pages_needed",
+    "prompt_features",
+    "said_number",
+    "save_length_heads",
+]

@@ -1,0 +1,78 @@
+"""Dynamic rebatching: how many rows to gather at an exit before those that did not leave go on. No jax here.
+
+Rows that left go on to their next token meanwhile (DREX, arXiv 2512.15705). That saves the blocks behind the exit from
+being read for a few rows in every step, and costs passes in which those few rows do not move. Which of the two is more
+is computed from the costs that `StepCost` has learnt and from where the rows' tokens have left so far.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence as Seq
+from itertools import pairwise
+
+from eejax.core import Sequence, bucket_of
+from eejax.schedule.step_cost import StepCost
+
+MIN_TOKENS = 64
+"""Tokens of these rows whose exits were seen, before anything is concluded from them."""
+MIN_GAIN = 1.05
+
+
+def rows_to_gather(rows: Seq[Sequence], cost: StepCost, page_size: int) -> int:
+    """The number that promises most tokens a second, a power of two.
+
+    1, which holds nobody, unless another promises 5 % more.
+    """
+    seen: Counter[int] = Counter()
+    for row in rows:
+        seen.update(row.exit_counts)
+    if not cost.tells_rows_apart or seen.total() < MIN_TOKENS or len(seen) < 2:
+        return 1
+    n_layers = rows[0].exit_layers[0]  # a prompt runs at full depth
+    pages = -(-max(row.num_tokens for row in rows) // page_size)
+    layers = sorted({*seen, n_layers})
+    shares = [seen[layer] / seen.total() for layer in layers]
+    depths = [layer / n_layers for layer in layers]
+    powers = [1, *(1 << i for i in range(1, (len(rows) // 2).bit_length()))]
+    rates = {hold: tokens_per_second(len(rows), hold, depths, shares, cost, pages) for hold in powers}
+    best = max(powers, key=lambda hold: rates[hold])
+    return best if rates[best] >= MIN_GAIN * rates[1] else 1
+
+
+def tokens_per_second(
+    count: int, hold: int, depths: Seq[float], shares: Seq[float], cost: StepCost, pages: int
+) -> float:
+    """What `count` rows bring, numbers of rows taken as continuous.
+
+    Args:
+        hold: rows that are gathered, or passes that one waits at the most, as in `eejax.device.step.run_pass`.
+        depths: shares of the network after which tokens leave, ascending, the last one 1.
+        shares: of the tokens that leave there.
+        pages: of the longest row.
+    """
+    segments = len(depths)
+    standing, waited = [0.0] * segments, [0] * segments
+    reach = [1.0 - sum(shares[:i]) for i in range(segments)]
+    tokens = seconds = 0.0
+    for _ in range(8 * hold + 8):
+        standing[0] = count - sum(standing[1:])
+        hurry = standing[0] < 0.5
+        for i, (above, depth) in enumerate(pairwise((0.0, *depths))):
+            rows = standing[i]
+            if rows <= 0:
+                continue
+            if i and hold > 1 and not (hurry or rows >= hold or waited[i] >= hold):
+                waited[i] += 1
+                continue
+            # A fraction of a row stands for a row that is there now and then.
+            there = 1.0 if rows >= 1 else -math.expm1(-rows)
+            width = rows / there if cost.compacts else bucket_of(count)
+            seconds += there * cost.seconds_of(depth - above, (depth - above) * width, pages)
+            leaving = rows * (shares[i] / reach[i] if i + 1 < segments and reach[i] > 0 else 1.0)
+            tokens += leaving
+            standing[i], waited[i] = 0.0, 0
+            if i + 1 < segments:
+                standing[i + 1] += rows - leaving
+    return tokens / seconds

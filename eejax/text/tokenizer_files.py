@@ -1,0 +1,82 @@
+"""What all tokenizers need: reading the files beside them, checking text and ids. Nothing here imports jax."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from eejax.core import TokenizerError
+
+MODEL_FILE = "tokenizer.model"
+FAST_FILE = "tokenizer.json"
+CONFIG_FILE = "tokenizer_config.json"
+TOKEN_MAP_FILE = "special_tokens_map.json"
+ADDED_FILE = "added_tokens.json"
+
+
+def read_bytes(file: Path) -> bytes:
+    """The file's bytes. Raises `TokenizerError` where it is missing, unreadable or empty."""
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise TokenizerError(f"cannot read {file}: {error.strerror or error}") from error
+    if not data:
+        raise TokenizerError(f"{file} is empty")
+    return data
+
+
+def read_text(file: Path) -> str:
+    """The file's text. Raises `TokenizerError` where it cannot be read, is empty or is not UTF-8."""
+    try:
+        return read_bytes(file).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise TokenizerError(f"{file} is not UTF-8: {error}") from error
+
+
+def read_object(file: Path, missing: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The JSON object in `file`; `missing`, where that is given and there is no such file.
+
+    Raises:
+        TokenizerError: the file cannot be read, or holds something else; the message names it.
+    """
+    if missing is not None and not file.exists():
+        return dict(missing)
+    text = read_text(file)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise TokenizerError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise TokenizerError(f"{file} must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+def typed(config: Mapping[str, Any], name: str, kind: type, default: Any, file: Path) -> Any:
+    """`config[name]`, or `default` where it is absent or null. Raises `TokenizerError` where it is no `kind`."""
+    value = config.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, kind):
+        raise TokenizerError(f"{file}: {name} must be of type {kind.__name__}, got {value!r:.200}")
+    return value
+
+
+def checked_text(text: str) -> str:
+    """`text` itself. Raises `TokenizerError` where it is no str or holds lone surrogates, which UTF-8 cannot write."""
+    if not isinstance(text, str):
+        raise TokenizerError(f"text to encode must be a str, got {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TokenizerError(f"text cannot be written as UTF-8: {error}") from error
+    return text
+
+
+def known_ids(ids: Iterable[int], vocab_size: int) -> list[int]:
+    """Those of `ids` that a tokenizer of `vocab_size` tokens may know. Raises `TokenizerError` for a negative one."""
+    found = [int(i) for i in ids]
+    if found and min(found) < 0:
+        raise TokenizerError(f"token id {min(found)} is negative")
+    return [i for i in found if i < vocab_size]
