@@ -1,4 +1,4 @@
-"""From prompts to answers: `LLM` for users, `Engine` for one micro-batch at a time; checked requests, certified thresholds.
+"""From prompts to answers: `LLM` for users, `Engine` for one micro-batch at a time; checks, certified thresholds.
 
 Scheduler and runner meet here.
 """
