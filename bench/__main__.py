@@ -13,6 +13,7 @@ BENCHES = {
     "calibration": "thresholds certified on some prompts, their risk on others, over many random splits",
     "convert": "a Hugging Face folder to a checkpoint and back: time, peak memory, copying beside it",
     "kernels": "paged attention and KV fill-in by themselves, beside the bytes that must move",
+    "path": "the modules that one default request runs, with their lines",
     "peers": "the same requests by other engines, each in a process of its own: speed, memory, equal tokens",
     "schedule": "many requests under each scheduling policy: throughput, latency, waste, memory",
     "simulate": "the scheduler against a model of the device: its error, and fleets that no machine here can run",
@@ -34,14 +35,13 @@ def main(arguments: list[str]) -> int:
         print(f"there is no benchmark {name!r}; there are {', '.join(BENCHES)}", file=sys.stderr)
         return 2
     try:
-        importlib.import_module(f"bench.{name}").main(rest)
+        return importlib.import_module(f"bench.{name}").main(rest) or 0
     except EejaxError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":
