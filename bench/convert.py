@@ -26,7 +26,8 @@ from bench import machine
 from bench.common import at_least, finish, median, options_of
 from bench.shapes import SHAPES, shape
 from eejax.core import ModelConfig
-from eejax.model import LazyArray, count_params, leaves, param_shapes, write_config, write_folder, write_leaves
+from eejax.model import LazyArray, count_params, leaves, param_shapes
+from eejax.model.huggingface import write_config, write_folder, write_leaves
 
 SCRIPT = Path(__file__).parents[1] / "checkpoints" / "convert_hf.py"
 GB, MB = 1e9, 1e6

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -18,8 +17,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from bench.cost import ModelCost, TokenCost, prefill_ops
 from bench.shapes import SHAPES
-from eejax.core import ConfigError, ExitConfig, ModelConfig
-from eejax.model import LazyArray, leaves, param_shapes, read_config, write_config, write_folder, write_leaves
+from eejax.core import ConfigError, ExitConfig, ModelConfig, replacing_folder
+from eejax.model import LazyArray, leaves, param_shapes
+from eejax.model.huggingface import read_config, write_config, write_folder, write_leaves
 
 EMBEDDING_SCALE = 0.02
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
@@ -54,15 +54,12 @@ def write_model(folder: Path, config: ModelConfig, seed: int) -> None:
 
     config = dataclasses.replace(config, exits=ExitConfig(()))
     found = {name: drawn(number, name, leaf) for number, (name, leaf) in enumerate(leaves(param_shapes(config)))}
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
-    write_config(part, config, dtype="float32", torch_dtype="float32", **ids)
-    (part / "generation_config.json").write_text(json.dumps(ids) + "\n")
-    write_folder(part, write_leaves(config, found), 2**40)
-    _write_tokenizer(part, config.vocab_size)
-    part.rename(folder)
+    with replacing_folder(folder) as part:
+        write_config(part, config, dtype="float32", torch_dtype="float32", **ids)
+        (part / "generation_config.json").write_text(json.dumps(ids) + "\n")
+        write_folder(part, write_leaves(config, found), 2**40)
+        _write_tokenizer(part, config.vocab_size)
 
 
 def _write_tokenizer(folder: Path, size: int) -> None:

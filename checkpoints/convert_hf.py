@@ -19,21 +19,26 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
 
-from eejax.core import CheckpointError, ConfigError, EejaxError, ExitConfig, ExitHeadKind, ModelConfig, require
+from eejax.core import (
+    CheckpointError,
+    ConfigError,
+    EejaxError,
+    ExitConfig,
+    ExitHeadKind,
+    ModelConfig,
+    replacing_folder,
+    require,
+)
 from eejax.model import (
     LazyArray,
     add_exits,
     check_target,
     huggingface,
+    is_huggingface,
     leaves,
     load_lazily,
     rebuild,
-    replacing_folder,
-    to_huggingface,
     write_checkpoint,
-    write_config,
-    write_folder,
-    write_leaves,
 )
 from eejax.serve import resolve_dtype
 from eejax.text import copy_tokenizer, has_tokenizer, load_tokenizer
@@ -123,24 +128,24 @@ def reverse(
     check_target(source, target, overwrite)
     require(max_shard_bytes > 0, f"max_shard_bytes must be positive, got {max_shard_bytes}")
     stored = None if dtype is None else resolve_dtype(dtype)
-    require(not huggingface.is_folder(source), f"{source} is a Hugging Face folder already")
+    require(not is_huggingface(source), f"{source} is a Hugging Face folder already")
     config, params = load_lazily(source)
     require(
         drop_exits or not config.exits.has_params,
         f"{source} has exits with parameters of their own, which a Hugging Face folder cannot hold: say drop_exits to "
         "leave them out",
     )
-    to_huggingface(config)  # refuses a model that no family has
+    huggingface.to_huggingface(config)  # refuses a model that no family has
     by_name = dict(leaves(_cast(params, stored)))
-    tensors = write_leaves(config, by_name)
+    tensors = huggingface.write_leaves(config, by_name)
     more: dict[str, Any] = {"torch_dtype": by_name["embedding"].dtype.name}
     with replacing_folder(target) as folder, _counted(tensors, f"writing {target}", progress) as counted:
         copy_tokenizer(source, folder)
         if has_tokenizer(folder):
             tokenizer = load_tokenizer(folder)
             more |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-        write_config(folder, config, **more)
-        write_folder(folder, counted(tensors), max_shard_bytes)
+        huggingface.write_config(folder, config, **more)
+        huggingface.write_folder(folder, counted(tensors), max_shard_bytes)
     return config
 
 

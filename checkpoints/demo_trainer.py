@@ -18,8 +18,8 @@ from checkpoints import demo_data
 from checkpoints.demo_card import write_card
 from checkpoints.demo_objective import CONFIDENCES, Numerics, Objective, exit_scores, loss_and_grads
 from checkpoints.demo_optimiser import demo_optimiser
-from eejax.core import ExitConfig, ModelConfig
-from eejax.model import init_params, load_tree, replacing_folder, save_tree, write_checkpoint
+from eejax.core import ExitConfig, ModelConfig, replacing_folder
+from eejax.model import init_params, load_tree, save_tree, write_checkpoint
 from eejax.text import CONFIG_FILE, MODEL_FILE, load_tokenizer
 
 

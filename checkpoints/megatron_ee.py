@@ -28,7 +28,8 @@ from typing import Any
 import numpy as np
 
 from eejax.core import CheckpointError, ConfigError, ExitConfig, ExitHeadKind, ModelConfig, require
-from eejax.model import SINGLE_FILE, LazyArray, TensorFiles, compare, nothing_in, param_shapes, read_json, rebuild
+from eejax.model import LazyArray, compare, param_shapes, rebuild
+from eejax.model.huggingface import SINGLE_FILE, TensorFiles, nothing_in, read_json
 
 ARGUMENTS_FILE = "args.json"
 PREFIXES = ("model.", "language_model.")

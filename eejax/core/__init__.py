@@ -42,6 +42,7 @@ from eejax.core.params import (
     Measure,
     SamplingParams,
 )
+from eejax.core.replacing import replacing_file, replacing_folder
 from eejax.core.request import (
     CompletionOutput,
     FinishReason,
@@ -114,6 +115,8 @@ __all__ = [
     "is_number",
     "log",
     "named_options",
+    "replacing_file",
+    "replacing_folder",
     "require",
     "require_positive_int",
     "set_xla_flags",

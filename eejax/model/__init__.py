@@ -1,15 +1,14 @@
 """The network and its weights: Flax modules of an early-exit transformer, Orbax checkpoints, Hugging Face folders.
 
 Parameters are a nested dict of arrays; `transformer.py` says how a block computes, not where keys and values are kept.
+`weights.py` opens a checkpoint; what other formats and writing need is imported when it is used.
 """
 
 from __future__ import annotations
 
-from eejax.model.exit_heads import add_exits
-from eejax.model.huggingface.config import read_config, read_json, to_huggingface, write_config
-from eejax.model.huggingface.tensors import SINGLE_FILE, TensorFiles, nothing_in, write_folder
-from eejax.model.huggingface.weight_map import write_leaves
-from eejax.model.orbax_tree import load_tree, save_tree
+import importlib
+from typing import TYPE_CHECKING
+
 from eejax.model.param_tree import LazyArray, compare, leaves, rebuild
 from eejax.model.transformer import (
     INIT_SCALE,
@@ -21,22 +20,18 @@ from eejax.model.transformer import (
     init_params,
     param_shapes,
 )
-from eejax.model.weights import (
-    check_target,
-    load_checkpoint,
-    load_config,
-    load_lazily,
-    replacing_folder,
-    write_checkpoint,
-)
+from eejax.model.weights import is_huggingface, load_checkpoint, load_config, load_lazily
+
+if TYPE_CHECKING:
+    from eejax.model.exit_heads import add_exits
+    from eejax.model.orbax_tree import load_tree
+    from eejax.model.weights_writer import check_target, save_checkpoint, save_tree, write_checkpoint
 
 __all__ = [
     "INIT_SCALE",
-    "SINGLE_FILE",
     "Block",
     "EarlyExitTransformer",
     "LazyArray",
-    "TensorFiles",
     "add_exits",
     "attend_causal",
     "bind",
@@ -44,21 +39,31 @@ __all__ = [
     "compare",
     "count_params",
     "init_params",
+    "is_huggingface",
     "leaves",
     "load_checkpoint",
     "load_config",
     "load_lazily",
     "load_tree",
-    "nothing_in",
     "param_shapes",
-    "read_config",
-    "read_json",
     "rebuild",
-    "replacing_folder",
+    "save_checkpoint",
     "save_tree",
-    "to_huggingface",
     "write_checkpoint",
-    "write_config",
-    "write_folder",
-    "write_leaves",
 ]
+
+_MODULES = {
+    "add_exits": "exit_heads",
+    "load_tree": "orbax_tree",
+    "check_target": "weights_writer",
+    "save_checkpoint": "weights_writer",
+    "save_tree": "weights_writer",
+    "write_checkpoint": "weights_writer",
+}
+"""Where names are defined that opening a model does not need."""
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -7,7 +7,6 @@ All of them speak of the natural logarithm of an answer's length in tokens, one 
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from eejax.core import LEVELS, CheckpointError, ModelConfig
+from eejax.core import LEVELS, CheckpointError, ModelConfig, replacing_file
 
 HEADS_FILE = "length_heads.safetensors"
 PROMPT_BUCKETS = 2048
@@ -53,14 +52,8 @@ def save_length_heads(folder: str | Path, heads: LengthHeads) -> Path:
     tensors = {name: np.ascontiguousarray(getattr(heads, name), np.float32) for name in names}
     metadata = {METADATA_KEY: json.dumps({"levels": LEVELS, "about": dict(heads.about)})}
     target = Path(folder) / HEADS_FILE
-    try:
-        with tempfile.TemporaryDirectory(prefix=".length_heads.", dir=folder) as temporary:
-            file = Path(temporary) / HEADS_FILE
-            save_file(tensors, file, metadata)
-            file.chmod(0o644)
-            file.replace(target)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {target}: {error.strerror or error}") from error
+    with replacing_file(target) as file:
+        save_file(tensors, file, metadata)
     return target
 
 

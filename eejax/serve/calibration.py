@@ -8,7 +8,6 @@ import json
 import logging
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from eejax.core import (
     ModelConfig,
     from_mapping,
     is_number,
+    replacing_file,
     require,
     require_positive_int,
 )
@@ -129,14 +129,8 @@ def save_calibration(folder: str | Path, calibration: Calibration) -> Path:
         CheckpointError: it cannot be written.
     """
     target = Path(folder) / CALIBRATION_FILE
-    try:
-        with tempfile.TemporaryDirectory(prefix=".calibration.", dir=folder) as temporary:
-            file = Path(temporary) / CALIBRATION_FILE
-            file.write_text(json.dumps(calibration.to_dict(), indent=1, allow_nan=False) + "\n")
-            file.chmod(0o644)
-            file.replace(target)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {target}: {error.strerror or error}") from error
+    with replacing_file(target) as file:
+        file.write_text(json.dumps(calibration.to_dict(), indent=1, allow_nan=False) + "\n")
     return target
 
 

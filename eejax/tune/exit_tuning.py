@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from eejax.core import ExitConfig, ExitHeadKind, ModelConfig, require, require_positive_int
+from eejax.core import ExitConfig, ExitHeadKind, ModelConfig, replacing_folder, require, require_positive_int
 from eejax.model import (
     add_exits,
     check_target,
@@ -23,7 +23,6 @@ from eejax.model import (
     load_lazily,
     param_shapes,
     rebuild,
-    replacing_folder,
     write_checkpoint,
 )
 from eejax.serve import resolve_dtype

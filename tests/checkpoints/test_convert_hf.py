@@ -19,11 +19,12 @@ from checkpoints import convert_hf
 from checkpoints.convert_hf import convert, reverse
 from eejax.core.config import ExitConfig
 from eejax.core.errors import CheckpointError, ConfigError
-from eejax.model import orbax_tree
+from eejax.model import weights_writer
 from eejax.model.huggingface.tensors import open_folder
 from eejax.model.param_tree import LazyArray
 from eejax.model.transformer import bind
-from eejax.model.weights import load_checkpoint, load_config, save_checkpoint
+from eejax.model.weights import load_checkpoint, load_config
+from eejax.model.weights_writer import save_checkpoint
 from tests.cases import random_model
 from tests.hf_folders import make_folder, plain_config, shard
 from tests.model.test_huggingface import SHAPES, same
@@ -238,7 +239,7 @@ def test_few_tensors_are_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest
         return LazyArray(leaf.shape, leaf.dtype, watched)
 
     monkeypatch.setattr(convert_hf, "_cast", lambda params, dtype: jax.tree.map(watching, params))
-    monkeypatch.setattr(orbax_tree, "BATCH_BYTES", 10_000)
+    monkeypatch.setattr(weights_writer, "BATCH_BYTES", 10_000)
     convert(tmp_path / "hf", tmp_path / "eejax")
     largest = 4 * max(leaf.size for leaf in jax.tree.leaves(load_checkpoint(tmp_path / "eejax")[1]))
     total = sum(len(data) for _, data in raw(tmp_path / "hf").values())

@@ -25,7 +25,8 @@ from eejax.cli import main as cli
 from eejax.core.config import ExitConfig, ModelConfig
 from eejax.core.request import CompletionOutput
 from eejax.model.transformer import init_params
-from eejax.model.weights import WEIGHTS_DIR, save_checkpoint
+from eejax.model.weights import WEIGHTS_DIR
+from eejax.model.weights_writer import save_checkpoint
 from eejax.text.prompts import read_prompts
 from eejax.text.tokenizer import CONFIG_FILE, MODEL_FILE
 from tests.tokenizer_cases import train_sentencepiece

@@ -39,7 +39,8 @@ from eejax.core.params import EarlyExitParams, SamplingParams
 from eejax.core.request import CompletionOutput
 from eejax.model.huggingface import load_model, read_config
 from eejax.model.transformer import bind
-from eejax.model.weights import load_checkpoint, save_checkpoint
+from eejax.model.weights import load_checkpoint
+from eejax.model.weights_writer import save_checkpoint
 from eejax.serve.engine import Engine
 from tests.cases import random_model, random_prompt
 from tests.oracle_env import oracle_python

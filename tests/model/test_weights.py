@@ -14,9 +14,11 @@ import pytest
 
 from eejax.core.config import ExitConfig, ModelConfig, RopeScaling
 from eejax.core.errors import CheckpointError
-from eejax.model.orbax_tree import load_tree, save_tree
+from eejax.core.replacing import replacing_folder
+from eejax.model.orbax_tree import load_tree
 from eejax.model.transformer import init_params
-from eejax.model.weights import CONFIG_FILE, WEIGHTS_DIR, load_checkpoint, replacing_folder, save_checkpoint
+from eejax.model.weights import CONFIG_FILE, WEIGHTS_DIR, load_checkpoint
+from eejax.model.weights_writer import save_checkpoint, save_tree
 
 CONFIG = ModelConfig(
     vocab_size=48, hidden_size=16, intermediate_size=24, n_layers=11, n_heads=2, n_kv_heads=1, head_dim=8,
@@ -173,8 +175,8 @@ def test_missing_weights_are_named(tmp_path: Path, params: dict) -> None:
 DAMAGE = """
 import sys
 from pathlib import Path
-from eejax.errors import CheckpointError
-from eejax.weights import load_checkpoint
+from eejax.core.errors import CheckpointError
+from eejax.model.weights import load_checkpoint
 import jax
 
 folder = Path(sys.argv[1])

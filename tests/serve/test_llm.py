@@ -25,7 +25,7 @@ from eejax import (
 )
 from eejax.cli.app import in_chat_template
 from eejax.core.config import ExitConfig, ModelConfig
-from eejax.model.weights import save_checkpoint
+from eejax.model.weights_writer import save_checkpoint
 from eejax.serve.engine import EngineStats
 from eejax.text.tokenizer import CONFIG_FILE, MODEL_FILE, copy_tokenizer
 from tests.cases import random_model, random_params

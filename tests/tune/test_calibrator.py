@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 from eejax import LLM, ConfigError, EarlyExitParams, InvalidRequestError, SamplingParams
 from eejax.cli import main as cli
 from eejax.core.config import ExitConfig, ModelConfig
-from eejax.model.weights import load_checkpoint, save_checkpoint
+from eejax.model.weights import load_checkpoint
+from eejax.model.weights_writer import save_checkpoint
 from eejax.serve.calibration import CALIBRATION_FILE, load_calibration, save_calibration
 from eejax.text.tokenizer import CONFIG_FILE, MODEL_FILE
 from eejax.tune import calibrator

@@ -20,7 +20,8 @@ from eejax.core.config import ExitConfig, ModelConfig
 from eejax.core.errors import ConfigError
 from eejax.model.param_tree import leaves
 from eejax.model.transformer import bind
-from eejax.model.weights import load_checkpoint, load_lazily, save_checkpoint
+from eejax.model.weights import load_checkpoint, load_lazily
+from eejax.model.weights_writer import save_checkpoint
 from eejax.text.tokenizer import CONFIG_FILE, MODEL_FILE, load_tokenizer
 from eejax.tune import exit_tuning
 from eejax.tune.exit_objective import head_loss, separated

@@ -17,7 +17,8 @@ from eejax.cli.app import app
 from eejax.core.config import ModelConfig
 from eejax.core.errors import ConfigError
 from eejax.core.lengths import LEVELS
-from eejax.model.weights import load_config, save_checkpoint
+from eejax.model.weights import load_config
+from eejax.model.weights_writer import save_checkpoint
 from eejax.schedule.length_heads import HEADS_FILE, load_length_heads
 from eejax.schedule.length_predictor import ConstantPredictor, HiddenPredictor, PromptPredictor
 from eejax.text.prompts import read_prompts, read_sourced_prompts

@@ -9,13 +9,25 @@ import jax
 import jax.numpy as jnp
 
 from eejax.core import ModelConfig
-from eejax.model.huggingface.config import is_folder, read_config
-from eejax.model.huggingface.tensors import open_folder
-from eejax.model.huggingface.weight_map import read_leaves
+from eejax.model.huggingface.config import read_config, read_json, to_huggingface, write_config
+from eejax.model.huggingface.tensors import SINGLE_FILE, TensorFiles, nothing_in, open_folder, write_folder
+from eejax.model.huggingface.weight_map import read_leaves, write_leaves
 from eejax.model.param_tree import LazyArray, rebuild
 from eejax.model.transformer import param_shapes
 
-__all__ = ["is_folder", "load_lazily", "load_model", "read_config"]
+__all__ = [
+    "SINGLE_FILE",
+    "TensorFiles",
+    "load_lazily",
+    "load_model",
+    "nothing_in",
+    "read_config",
+    "read_json",
+    "to_huggingface",
+    "write_config",
+    "write_folder",
+    "write_leaves",
+]
 
 
 def load_lazily(path: str | Path) -> tuple[ModelConfig, dict]:

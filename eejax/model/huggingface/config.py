@@ -35,20 +35,6 @@ def read_json(file: Path) -> dict[str, Any]:
     return values
 
 
-def is_folder(path: str | Path) -> bool:
-    """Whether the folder's `config.json` is Hugging Face's: it names a model type or architectures."""
-    try:
-        values = json.loads((Path(path) / CONFIG_FILE).read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(values, dict) and not {"model_type", "architectures"}.isdisjoint(values)
-
-
-def read_family(path: str | Path) -> str:
-    """The family (`llama`, `mistral`, `qwen2`, `qwen3`) of a Hugging Face folder."""
-    return _family(Path(path) / CONFIG_FILE, read_json(Path(path) / CONFIG_FILE))
-
-
 def read_config(path: str | Path) -> ModelConfig:
     """The configuration of a Hugging Face folder, without exits.
 
