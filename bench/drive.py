@@ -49,8 +49,9 @@ def watched(engine: Engine, requests: Sequence[str]) -> Iterator[Record]:
             record.calls.append(PrefillCall.of(lengths, chunk))
         else:
             pages = pages_visited([row.num_tokens for row in batch.rows], counts, page_size)
-            depth, row_depth = result.blocks_run / model.n_layers, result.row_blocks / model.n_layers
-            record.calls.append(DecodeCall(result.steps, pages, depth, row_depth, result.row_heads))
+            work = result.counts
+            depth, row_depth = work.blocks_run / model.n_layers, work.row_blocks / model.n_layers
+            record.calls.append(DecodeCall(work.steps, pages, depth, row_depth, work.row_heads))
         return result
 
     engine.runner.run = noted

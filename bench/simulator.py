@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from bench.schedule_rows import Outcome
 from bench.step_model import DecodeCall, PrefillCall, StepModel, pages_visited
 from eejax.core import (
+    Counts,
     LengthEstimate,
     MicroBatch,
     Request,
@@ -101,9 +102,10 @@ def simulate(
         before = time.thread_time()
         scheduler.update(batch, result)
         schedule_seconds += time.thread_time() - before
-        if result.steps:
-            pages, blocks = -(-max(row.num_tokens for row in batch.rows) // page_size), result.steps * exits[-1]
-            learnt.observe(result.blocks_run / blocks, result.row_blocks / blocks, pages, seconds / result.steps)
+        if steps := result.counts.steps:
+            pages, blocks = -(-max(row.num_tokens for row in batch.rows) // page_size), steps * exits[-1]
+            ran, computed = result.counts.blocks_run / blocks, result.counts.row_blocks / blocks
+            learnt.observe(ran, computed, pages, seconds / steps)
         first.update((row, now) for row in fresh)
         for row in batch.rows:
             if row.finish_reason is not None:
@@ -197,8 +199,8 @@ class _Device:
         rows = [self._tokens(row, count) for row, count in zip(batch.rows, taken, strict=True)]
         self.steps += steps
         self.row_steps += bucket * steps
-        result = StepResult(tuple(rows), steps, blocks, heads, bucket * steps, row_blocks, row_heads)
-        return result, self._cost.decode_seconds(call)
+        counts = Counts(steps, blocks, heads, bucket * steps, row_blocks, row_heads)
+        return StepResult(tuple(rows), counts), self._cost.decode_seconds(call)
 
     def _work(self, rows: Sequence[Row], taken: Sequence[int], steps: int, bucket: int) -> tuple[int, int, int, int]:
         """Blocks run, rows computed in them, and the same of heads, summed over steps.

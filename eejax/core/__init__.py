@@ -44,7 +44,9 @@ from eejax.core.params import (
 )
 from eejax.core.replacing import replacing_file, replacing_folder
 from eejax.core.request import (
+    COUNTERS,
     CompletionOutput,
+    Counts,
     FinishReason,
     Logprob,
     MicroBatch,
@@ -61,6 +63,7 @@ from eejax.core.xla_flags import compiler_options, set_xla_flags
 
 __all__ = [
     "CALIBRATED",
+    "COUNTERS",
     "LEVELS",
     "LOGIT_MEASURES",
     "MAX_CONFIDENCE",
@@ -72,6 +75,7 @@ __all__ = [
     "Choice",
     "CompletionOutput",
     "ConfigError",
+    "Counts",
     "DecayingThreshold",
     "DecodeConfig",
     "EarlyExitParams",

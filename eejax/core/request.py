@@ -6,7 +6,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import numpy as np
@@ -184,20 +184,19 @@ class RowResult:
 
 
 @dataclass(frozen=True, slots=True)
-class StepResult:
-    """What one micro-batch produced, row for row, and what it cost.
+class Counts:
+    """What decoding cost. The device counts in an array of these fields, in this order. Prefill counts nothing.
 
     Attributes:
-        steps: decode steps run (0 for prefill).
-        blocks_run: blocks executed for the batch as a whole.
-        heads_run: vocabulary projections executed.
-        row_steps: rows of the batch, padding included, summed over steps.
-        row_blocks: rows that the device computed in each block it ran, padding included, summed over blocks.
+        steps: decode steps; one step is at most one token for every row of a batch.
+        blocks_run: blocks executed for whole batches, without those that exits own.
+        heads_run: vocabulary projections executed for whole batches.
+        row_steps: rows of each step, padding and finished rows included, summed over steps.
+        row_blocks: rows computed in each block, padding included where it is computed, summed over blocks.
         row_heads: the same for vocabulary projections.
         fills: blocks whose K and V projection ran for fill-in alone.
     """
 
-    rows: tuple[RowResult, ...]
     steps: int = 0
     blocks_run: int = 0
     heads_run: int = 0
@@ -205,6 +204,22 @@ class StepResult:
     row_blocks: int = 0
     row_heads: int = 0
     fills: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        """Field by field."""
+        return Counts(*(getattr(self, name) + getattr(other, name) for name in COUNTERS))
+
+
+COUNTERS = tuple(one.name for one in fields(Counts))
+"""Names of the counters, in the order of the device's array."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one micro-batch produced, row for row, and what it cost."""
+
+    rows: tuple[RowResult, ...]
+    counts: Counts = Counts()
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ class ChunkOutput:
     """What X steps produced. `packed` is one array, so that the host fetches it in one copy.
 
     Attributes:
-        packed: tokens `[X, B]` (-1 where the pass gave the row none), exit layers `[X, B]` (0 there), then `COUNTERS`.
+        packed: tokens `[X, B]` (-1 where the pass gave the row none), exit layers `[X, B]` (0 there), then the counts.
         logprobs: leaves `[X, ...]`, meaningful only for rows that asked; None where the program is for greedy rows.
     """
 
@@ -85,7 +85,8 @@ def decode_chunk(
         exits_out = put(exits_out, jnp.where(resolved, step.exit_at, 0), i, 0)
         stopped = resolved & (jnp.any(tokens[:, None] == rows.stop_ids, axis=1) | (state.budget <= 1))
         state = state.after(tokens, resolved, stopped)
-        return i + 1, jnp.any(stopped), state, step.counting(steps=1), tokens_out, exits_out, logprobs_out
+        step = step.counting(steps=1, row_steps=count)
+        return i + 1, jnp.any(stopped), state, step, tokens_out, exits_out, logprobs_out
 
     def goes_on(carry: tuple) -> Array:
         i, freed, state = carry[:3]

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from eejax.core import ModelConfig, SamplingParams
+from eejax.core import COUNTERS, ModelConfig, SamplingParams
 from eejax.device import kv_fill
 from eejax.device.exits import NEEDS_LOGITS, ExitRows
 from eejax.device.kv_cache import PagedKVCache
@@ -18,10 +18,6 @@ from eejax.device.kv_fill import Waiting
 from eejax.device.sampling import SamplingRows
 from eejax.model import EarlyExitTransformer
 from pallas_kernels.head import Best
-
-COUNTERS = ("steps", "blocks", "heads", "row_blocks", "row_heads", "fills")
-"""What a chunk counts: passes; blocks run, and vocabulary projections; rows computed, summed over either; blocks whose
-K and V projection ran for fill-in alone. Blocks that exits own do not count."""
 
 
 @jax.tree_util.register_dataclass
@@ -95,7 +91,7 @@ class Step:
         logits: of those that `SamplingRows.needs_logits`; None where the program is for greedy rows.
         scored: rows to whose features the output matrix has been applied.
         waiting: for deferred fill-in; None where it is eager.
-        counts: `COUNTERS` so far in this chunk.
+        counts: the fields of `eejax.core.Counts` so far in this chunk.
     """
 
     cache: PagedKVCache
@@ -107,7 +103,7 @@ class Step:
     logits: Float[Array, "V B"] | None
     scored: Bool[Array, " B"]
     waiting: Waiting | None
-    counts: Int[Array, " 6"]
+    counts: Int[Array, " 7"]
 
     @property
     def segment(self) -> Int[Array, " B"]:

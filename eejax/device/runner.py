@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from eejax.core import (
+    COUNTERS,
     MIN_PREFILL_BUCKET,
+    Counts,
     EngineConfig,
     Logprob,
     MicroBatch,
@@ -28,7 +30,7 @@ from eejax.core import (
 )
 from eejax.device.batch_arrays import logprobs_of, prefill_tokens, rows_of, state_of
 from eejax.device.decode import decode_chunk
-from eejax.device.decode_state import ANYTHING, COUNTERS, Asks, Plan
+from eejax.device.decode_state import ANYTHING, Asks, Plan
 from eejax.device.exits import MEASURES
 from eejax.device.kernels import choose_kernels
 from eejax.device.kv_cache import init_cache
@@ -230,8 +232,8 @@ class Runner:
         )
         packed = np.asarray(out.packed)
         split = len(packed) - len(COUNTERS)
-        counts = dict(zip(COUNTERS, packed[split:].tolist(), strict=True))
-        tokens, depths = packed[:split].reshape(2, height, bucket)[:, : counts["steps"], :count]
+        counts = Counts(*packed[split:].tolist())
+        tokens, depths = packed[:split].reshape(2, height, bucket)[:, : counts.steps, :count]
         wanted = [seq.request.params.logprobs for seq in batch.rows]
         report = jax.device_get(out.logprobs) if any(w is not None for w in wanted) else None
         results = []
@@ -243,16 +245,7 @@ class Runner:
                 at = [jax.tree.map(lambda leaf, i=i: leaf[i], report) for i in used]
                 logprobs = tuple(logprobs_of(one, token, row, top) for one, token in zip(at, ids, strict=True))
             results.append(RowResult(ids, tuple(depths[used, row].tolist()), logprobs))
-        return StepResult(
-            tuple(results),
-            steps=counts["steps"],
-            blocks_run=counts["blocks"],
-            heads_run=counts["heads"],
-            row_steps=bucket * counts["steps"],
-            row_blocks=counts["row_blocks"],
-            row_heads=counts["row_heads"],
-            fills=counts["fills"],
-        )
+        return StepResult(tuple(results), counts)
 
     def score(
         self,

@@ -132,7 +132,7 @@ def _run_segment(
         filled=jnp.where(due, index + 1, step.filled),
         held=jnp.where(here, 0, step.held),
     )
-    step = step.counting(blocks=len(blocks), row_blocks=len(blocks) * plan.count(here))
+    step = step.counting(blocks_run=len(blocks), row_blocks=len(blocks) * plan.count(here))
     if blocks.stop == config.n_layers:
         features = model.features(blocks.stop, x, middle)
         return replace(step, features=jnp.where(here, features, step.features))
@@ -203,7 +203,7 @@ def _test_exit(
             # Whoever leaves here is scored by these very logits: no second projection.
             best = jax.tree.map(lambda new, old: jnp.where(leaving, new, old), best, step.best)
             step = replace(leave(step, features, leaving), best=best, logits=logits, scored=step.scored | leaving)
-            return step.counting(heads=1, row_heads=plan.count(asking))
+            return step.counting(heads_run=1, row_heads=plan.count(asking))
 
         return run_if(jnp.any(asking), ask, step) if config.exits.probes else ask(step)
 
@@ -296,7 +296,7 @@ def score(model: EarlyExitTransformer, plan: Plan, rows: Rows, step: Step, resol
             )
             best = jax.tree.map(lambda new, old: jnp.where(todo, new, old), best, step.best)
             step = replace(step, best=best, logits=logits, scored=step.scored | todo)
-            return step.counting(heads=1, row_heads=plan.count(todo))
+            return step.counting(heads_run=1, row_heads=plan.count(todo))
 
         with jax.named_scope("heads"):
             step = project(step) if plan.straight else run_if(jnp.any(todo), project, step)

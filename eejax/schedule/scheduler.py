@@ -158,7 +158,7 @@ class Scheduler:
         if batch is not self._in_flight:
             raise RuntimeError("update must be given the micro-batch that schedule returned last, once")
         self._in_flight = None
-        self._clock += len(batch.rows) if batch.kind == "prefill" else result.steps
+        self._clock += len(batch.rows) if batch.kind == "prefill" else result.counts.steps
         for seq, row in zip(batch.rows, result.rows, strict=True):
             if seq.finish_reason is not None:
                 continue

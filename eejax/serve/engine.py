@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import time
@@ -10,6 +11,7 @@ from collections.abc import Sequence as Seq
 
 from eejax.core import (
     CompletionOutput,
+    Counts,
     EngineConfig,
     FinishReason,
     InvalidRequestError,
@@ -119,8 +121,8 @@ class Engine:
             rebatching=self.config.decode.rebatching,
         )
         self._predictor = predictor or ConstantPredictor(None)
-        names = ("tokens", "prompt_tokens", "steps", "blocks_run", "blocks_full_depth", "token_blocks", "heads_run")
-        self._counts = dict.fromkeys((*names, "row_steps", "row_blocks", "row_heads", "fills"), 0)
+        self._counts = Counts()
+        self._tokens = self._prompt_tokens = self._token_blocks = 0
         self._schedule_seconds = 0.0
 
     @property
@@ -205,28 +207,25 @@ class Engine:
         self._learn(batch, result, returned - called, first=self.runner.programs > programs)
         touched: dict[str, Request] = {}
         for seq, before in zip(batch.rows, known, strict=True):
-            self._counts["token_blocks"] += sum(seq.exit_layers[before:]) if batch.kind == "decode" else 0
+            self._token_blocks += sum(seq.exit_layers[before:]) if batch.kind == "decode" else 0
             if seq in self._questions:
                 self._understand(seq)
                 continue
             touched[seq.request.request_id] = seq.request
             self._detokenize(seq, seq.output_token_ids[before:])
-            self._counts["tokens"] += len(seq.output_token_ids) - before
-        self._counts["prompt_tokens"] += prefilled
-        self._counts["steps"] += result.steps
-        self._counts["blocks_run"] += result.blocks_run
-        self._counts["blocks_full_depth"] += result.steps * self.config.model.n_layers
-        self._counts["heads_run"] += result.heads_run
-        self._counts["row_steps"] += result.row_steps
-        self._counts["row_blocks"] += result.row_blocks
-        self._counts["row_heads"] += result.row_heads
-        self._counts["fills"] += result.fills
+            self._tokens += len(seq.output_token_ids) - before
+        self._prompt_tokens += prefilled
+        self._counts += result.counts
         return ended + [self._output(request) for request in touched.values()]
 
     def stats(self) -> EngineStats:
         """Counts since the start and present load."""
         return EngineStats(
-            **self._counts,
+            **dataclasses.asdict(self._counts),
+            tokens=self._tokens,
+            prompt_tokens=self._prompt_tokens,
+            blocks_full_depth=self._counts.steps * self.config.model.n_layers,
+            token_blocks=self._token_blocks,
             compilations=self.runner.compilations,
             schedule_seconds=self._schedule_seconds,
             preemptions=self.scheduler.num_preemptions,
@@ -280,11 +279,12 @@ class Engine:
                 if row.hidden is not None and seq.estimate is not None:
                     _estimate([seq], self._predictor.refine(seq.estimate, row.hidden, seq.request.max_tokens))
             return
-        if first or not result.steps:
+        counts = result.counts
+        if first or not counts.steps:
             return
         pages = -(-max(seq.num_tokens for seq in batch.rows) // self.config.cache.page_size)
-        blocks = result.steps * self.config.model.n_layers
-        self._step_cost.observe(result.blocks_run / blocks, result.row_blocks / blocks, pages, seconds / result.steps)
+        blocks = counts.steps * self.config.model.n_layers
+        self._step_cost.observe(counts.blocks_run / blocks, counts.row_blocks / blocks, pages, seconds / counts.steps)
 
     def _end_overdue(self) -> list[RequestOutput]:
         """End the requests whose deadline has passed."""

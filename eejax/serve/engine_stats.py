@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from eejax.core import Counts
 
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """Counts since the engine started, and its present load.
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats(Counts):
+    """Counts since the engine started, and its present load. What decoding cost is `Counts`.
 
     Attributes:
         tokens: answer tokens produced; `prompt_tokens` were prefilled (again after a preemption).
-        steps: decode steps; one step is one token for every row of a micro-batch.
-        blocks_run: blocks executed for whole batches while decoding; at full depth it would be `blocks_full_depth`.
+        blocks_full_depth: what `blocks_run` would be at full depth.
         token_blocks: blocks that the decoded tokens themselves ran, summed over tokens.
-        heads_run: vocabulary projections executed while decoding.
-        row_steps: rows of each decode step, padding and rows already done included, summed over steps.
-        row_blocks: rows computed in each block run, padding included, summed over blocks: what compaction saves;
-            `row_heads`, the same for vocabulary projections.
-        fills: blocks whose K and V projection was run for fill-in alone.
         schedule_seconds: time that the scheduler took, on the host.
         preemptions: how often a sequence lost its pages; `parkings`, how often one kept them and was left out of a
             chunk after having been in one.
@@ -28,15 +24,8 @@ class EngineStats:
 
     tokens: int
     prompt_tokens: int
-    steps: int
-    blocks_run: int
     blocks_full_depth: int
     token_blocks: int
-    heads_run: int
-    row_steps: int
-    row_blocks: int
-    row_heads: int
-    fills: int
     schedule_seconds: float
     compilations: int
     preemptions: int

@@ -403,41 +403,45 @@ def test_row_steps_count_padding_and_a_static_batch_is_no_narrower_than_its_widt
     seqs = tuple(sequence(runner, place) for place in range(count))
     alone = [decode(runner, sequence(runner, place), n_steps=3).rows[0] for place in range(count)]
     result = runner.run(MicroBatch("decode", seqs, 3, width=width))
-    assert (result.steps, result.row_steps) == (3, 3 * bucket)
+    assert (result.counts.steps, result.counts.row_steps) == (3, 3 * bucket)
     assert [row.token_ids for row in result.rows] == [row.token_ids for row in alone]
 
 
 @pytest.mark.parametrize("n_steps", [1, 3, CHUNK])
 def test_one_row_that_always_leaves_runs_the_first_segment_only(runner, n_steps):
     result = decode(runner, sequence(runner, early_exit=always()), n_steps=n_steps)
-    assert result.steps == n_steps
-    assert result.blocks_run == n_steps * EXITS[0]
-    assert result.heads_run == n_steps  # the random measure asks no head
+    assert result.counts.steps == n_steps
+    assert result.counts.blocks_run == n_steps * EXITS[0]
+    assert result.counts.heads_run == n_steps  # the random measure asks no head
     assert result.rows[0].exit_layers == (EXITS[0],) * n_steps
 
 
 def test_a_head_that_lets_a_row_go_is_not_run_again(runner):
     result = decode(runner, sequence(runner, early_exit=always("softmax")), n_steps=5)
-    assert (result.steps, result.blocks_run, result.heads_run) == (5, 5 * EXITS[0], 5)
+    assert (result.counts.steps, result.counts.blocks_run, result.counts.heads_run) == (5, 5 * EXITS[0], 5)
 
 
 def test_heads_that_let_nobody_go_are_run_beside_the_last(runner):
     result = decode(runner, sequence(runner, early_exit=NEVER), n_steps=5)
-    assert (result.steps, result.blocks_run, result.heads_run) == (5, 5 * DEPTH, 5 * (len(EXITS) + 1))
+    assert (result.counts.steps, result.counts.blocks_run, result.counts.heads_run) == (
+        5,
+        5 * DEPTH,
+        5 * (len(EXITS) + 1),
+    )
     assert set(result.rows[0].exit_layers) == {DEPTH}
 
 
 @pytest.mark.parametrize("early_exit", [None, EarlyExitParams(1.5), EarlyExitParams(1.5, "random")])
 def test_full_depth_runs_every_block_and_one_head(runner, early_exit):
     result = decode(runner, sequence(runner, early_exit=early_exit), n_steps=5)
-    assert (result.steps, result.blocks_run, result.heads_run) == (5, 5 * DEPTH, 5)
+    assert (result.counts.steps, result.counts.blocks_run, result.counts.heads_run) == (5, 5 * DEPTH, 5)
 
 
 def test_exits_that_a_request_does_not_use_are_not_asked(runner):
     result = decode(runner, sequence(runner, early_exit=replace(NEVER, exit_layers=EXITS[1:])), n_steps=5)
-    assert (result.blocks_run, result.heads_run) == (5 * DEPTH, 5 * 2)
+    assert (result.counts.blocks_run, result.counts.heads_run) == (5 * DEPTH, 5 * 2)
     result = decode(runner, sequence(runner, early_exit=replace(NEVER, min_layers=EXITS[0] + 1)), n_steps=5)
-    assert (result.blocks_run, result.heads_run) == (5 * DEPTH, 5 * 2)
+    assert (result.counts.blocks_run, result.counts.heads_run) == (5 * DEPTH, 5 * 2)
 
 
 @pytest.mark.parametrize(
@@ -446,7 +450,7 @@ def test_exits_that_a_request_does_not_use_are_not_asked(runner):
 def test_a_step_runs_as_deep_as_its_deepest_row(runner, other, blocks):
     seqs = sequence(runner, 0, early_exit=always()), sequence(runner, 1, early_exit=other)
     result = decode(runner, *seqs, n_steps=4)
-    assert (result.steps, result.blocks_run, result.heads_run) == (4, 4 * blocks, 4)
+    assert (result.counts.steps, result.counts.blocks_run, result.counts.heads_run) == (4, 4 * blocks, 4)
     assert [row.exit_layers for row in result.rows] == [(EXITS[0],) * 4, (blocks,) * 4]
 
 
@@ -455,7 +459,7 @@ def test_finished_rows_no_longer_count(runner):
     seqs = sequence(runner, 0, early_exit=always()), sequence(runner, 1, max_tokens=3)
     result = decode(runner, *seqs, n_steps=6)
     assert [len(row.token_ids) for row in result.rows] == [6, 2]
-    assert (result.steps, result.blocks_run) == (6, 2 * DEPTH + 4 * EXITS[0])
+    assert (result.counts.steps, result.counts.blocks_run) == (6, 2 * DEPTH + 4 * EXITS[0])
 
 
 # ------------------------------------------------------------------------------------- compaction, fill-in, rebatching
@@ -465,13 +469,13 @@ def test_compaction_computes_the_rows_that_go_on(runner, plain):
     leaves = [sequence(runner, place, early_exit=always()) for place in (0, 1)]
     stays = sequence(runner, 2)
     compact = decode(runner, *leaves, stays, n_steps=4)
-    assert (compact.blocks_run, compact.row_steps) == (4 * DEPTH, 4 * 4)
+    assert (compact.counts.blocks_run, compact.counts.row_steps) == (4 * DEPTH, 4 * 4)
     # Three of four rows are live, one of them goes on; all three need a head.
-    assert compact.row_blocks == 4 * (EXITS[0] * 3 + (DEPTH - EXITS[0]) * 1)
-    assert (compact.heads_run, compact.row_heads, compact.fills) == (4, 4 * 3, 0)
+    assert compact.counts.row_blocks == 4 * (EXITS[0] * 3 + (DEPTH - EXITS[0]) * 1)
+    assert (compact.counts.heads_run, compact.counts.row_heads, compact.counts.fills) == (4, 4 * 3, 0)
     leaves = [sequence(plain, place, early_exit=always()) for place in (0, 1)]
     everything = decode(plain, *leaves, sequence(plain, 2), n_steps=4)
-    assert everything.row_blocks == 4 * DEPTH * 4
+    assert everything.counts.row_blocks == 4 * DEPTH * 4
     assert [row.token_ids for row in everything.rows] == [row.token_ids for row in compact.rows]
 
 
@@ -479,13 +483,13 @@ def test_heads_are_asked_for_the_rows_that_came_to_them(runner):
     """Two rows leave first; the third asks the second exit's head and then the last one's, alone."""
     rows = [sequence(runner, place, early_exit=always("softmax")) for place in (0, 1)]
     result = decode(runner, *rows, sequence(runner, 2, early_exit=NEVER), n_steps=2)
-    assert (result.heads_run, result.row_heads) == (2 * 3, 2 * (3 + 1 + 1))
+    assert (result.counts.heads_run, result.counts.row_heads) == (2 * 3, 2 * (3 + 1 + 1))
 
 
 def test_rows_that_have_ended_are_not_computed(runner):
     ends = [sequence(runner, place, max_tokens=2) for place in (0, 1)]
     result = decode(runner, *ends, sequence(runner, 2), n_steps=5)
-    assert result.row_blocks == DEPTH * (3 + 4 * 1)
+    assert result.counts.row_blocks == DEPTH * (3 + 4 * 1)
 
 
 def test_cheap_measures_ask_one_head_a_step(runner):
@@ -495,18 +499,18 @@ def test_cheap_measures_ask_one_head_a_step(runner):
     ]
     result = decode(runner, *rows, n_steps=6)
     assert {layer for row in result.rows for layer in row.exit_layers} == {EXITS[1], DEPTH}
-    assert (result.heads_run, result.row_heads) == (6, 6 * 2)
+    assert (result.counts.heads_run, result.counts.row_heads) == (6, 6 * 2)
 
 
 def test_eager_fill_in_is_written_in_every_step(runner):
     result = decode(runner, sequence(runner, early_exit=always()))
-    assert (result.fills, result.blocks_run) == (CHUNK * (DEPTH - EXITS[0]), CHUNK * EXITS[0])
+    assert (result.counts.fills, result.counts.blocks_run) == (CHUNK * (DEPTH - EXITS[0]), CHUNK * EXITS[0])
 
 
 def test_by_default_fill_in_waits_where_a_row_is_alone_and_weights_are_large(monkeypatch):
     def fills(*places: int) -> int:
         runner = Runner(config(decode=DecodeConfig()), PARAMS)
-        return decode(runner, *[sequence(runner, place, early_exit=always()) for place in places]).fills
+        return decode(runner, *[sequence(runner, place, early_exit=always()) for place in places]).counts.fills
 
     skipped = DEPTH - EXITS[0]
     assert fills(0) == CHUNK * skipped
@@ -521,11 +525,11 @@ def test_deferred_fill_in_is_written_for_many_tokens_at_once(runner, deferring):
     result = decode(deferring[0], one)
     # When the places of a row are taken, and at the end of the chunk, which is one of these times here.
     assert CHUNK % WAITING_PER_ROW == 0
-    assert result.fills == CHUNK // WAITING_PER_ROW * (DEPTH - EXITS[0])
+    assert result.counts.fills == CHUNK // WAITING_PER_ROW * (DEPTH - EXITS[0])
     assert result.rows[0].token_ids == expected.rows[0].token_ids
     # Of a row that ends in the chunk, nothing is written in vain.
     short = sequence(deferring[0], early_exit=always(), max_tokens=WAITING_PER_ROW)
-    assert decode(deferring[0], short).fills == 0
+    assert decode(deferring[0], short).counts.fills == 0
 
 
 def test_waiting_tokens_go_along_with_the_block_that_reads_them(runner, deferring):
@@ -538,10 +542,10 @@ def test_waiting_tokens_go_along_with_the_block_that_reads_them(runner, deferrin
         depths = expected.rows[0].exit_layers
         if depths[0] == EXITS[0] and depths[-1] == DEPTH and set(depths) == {EXITS[0], DEPTH}:
             break
-    assert expected.fills > 0
+    assert expected.counts.fills > 0
     result = decode(deferring[0], sequence(deferring[0], early_exit=half, seed=seed), n_steps=6)
     assert (result.rows[0].token_ids, result.rows[0].exit_layers) == (expected.rows[0].token_ids, depths)
-    assert (result.fills, result.blocks_run) == (0, expected.blocks_run)
+    assert (result.counts.fills, result.counts.blocks_run) == (0, expected.counts.blocks_run)
 
 
 def test_held_rows_let_the_others_go_on(runner):
@@ -555,7 +559,7 @@ def test_held_rows_let_the_others_go_on(runner):
     assert [len(row.token_ids) for row in held.rows] == [6, 6, 2]
     assert held.rows[2].token_ids == plain.rows[2].token_ids[:2]
     assert [row.token_ids for row in held.rows[:2]] == [row.token_ids for row in plain.rows[:2]]
-    assert held.blocks_run == 6 * EXITS[0] + 2 * (DEPTH - EXITS[0])
+    assert held.counts.blocks_run == 6 * EXITS[0] + 2 * (DEPTH - EXITS[0])
 
 
 def test_a_segment_runs_as_soon_as_enough_rows_have_gathered(runner):
@@ -572,14 +576,14 @@ def test_budgets_end_rows_inside_a_chunk(runner):
     alone = [decode(runner, sequence(runner, place, max_tokens=20)).rows[0].token_ids for place in (0, 1)]
     result = decode(runner, *seqs)
     assert [row.token_ids for row in result.rows] == [alone[0][:3], alone[1][:5]]
-    assert result.steps == 5  # of 8: nobody is left
+    assert result.counts.steps == 5  # of 8: nobody is left
 
 
 @pytest.mark.parametrize(("yield_on_free", "steps"), [(True, 3), (False, 5)])
 def test_a_freed_slot_ends_the_chunk_if_somebody_waits(runner, yield_on_free, steps):
     seqs = sequence(runner, 0, max_tokens=4), sequence(runner, 1, max_tokens=6)
     result = decode(runner, *seqs, yield_on_free=yield_on_free)
-    assert result.steps == steps
+    assert result.counts.steps == steps
     assert [len(row.token_ids) for row in result.rows] == [3, steps]
 
 
@@ -587,7 +591,7 @@ def test_a_stop_token_ends_the_chunk_too(runner):
     plain = decode(runner, sequence(runner)).rows[0].token_ids
     at = next(i for i in range(1, CHUNK) if plain[i] not in plain[:i])
     result = decode(runner, sequence(runner, stop_token_ids=[plain[at]]))
-    assert (result.steps, result.rows[0].token_ids) == (at + 1, plain[: at + 1])
+    assert (result.counts.steps, result.rows[0].token_ids) == (at + 1, plain[: at + 1])
 
 
 def test_more_stop_tokens_than_the_device_tests(engine):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from bench.paper import MicroBatches
 from eejax.core.config import SchedulerConfig
 from eejax.core.lengths import LengthEstimate
-from eejax.core.request import MicroBatch, RowResult, StepResult
+from eejax.core.request import Counts, MicroBatch, RowResult, StepResult
 from eejax.schedule.length_policy import LengthPolicy
 from eejax.schedule.page_allocator import PageAllocator
 from eejax.schedule.policy import FirstComeFirstServed, Static
@@ -71,7 +71,7 @@ class Device(FakeDevice):
             dataclasses.replace(row, exit_layers=tuple(self._layers(seq, len(row.token_ids))))
             for seq, row in zip(batch.rows, result.rows, strict=True)
         )
-        return StepResult(rows, steps)
+        return StepResult(rows, Counts(steps))
 
     def _layers(self, seq, count):
         done = len(seq.output_token_ids)
@@ -231,7 +231,7 @@ class Counting:
         left = [self.lengths[seq] - len(seq.output_token_ids) for seq in batch.rows]
         steps = min(batch.n_steps, min(left) if batch.yield_on_free else max(left))
         rows = [self._tokens(seq, min(steps, more)) for seq, more in zip(batch.rows, left, strict=True)]
-        return StepResult(tuple(rows), steps)
+        return StepResult(tuple(rows), Counts(steps))
 
     def _tokens(self, seq, count):
         tokens = self.answer(seq)[len(seq.output_token_ids) :][:count]
@@ -319,7 +319,7 @@ def test_ten_thousand_requests_of_adversarial_lengths_and_predictions(name):
         before = sum(len(row.output_token_ids) for row in batch.rows)
         result = device.run(batch)
         scheduler.update(batch, result)
-        steps += result.steps
+        steps += result.counts.steps
         produced += sum(len(row.output_token_ids) for row in batch.rows) - before
         ended = [row for row in batch.rows if row.finish_reason is not None]
         finished += ended
