@@ -20,7 +20,6 @@ from rich.table import Table
 
 from bench import machine
 from bench.common import (
-    MEASURES,
     ModelOptions,
     at_least,
     dtype_of,
@@ -33,7 +32,7 @@ from bench.common import (
 )
 from bench.cost import ModelCost
 from eejax import LLM, EarlyExitParams
-from eejax.core import Measure, require
+from eejax.core import MODEL_MEASURES, Measure, require
 from eejax.tune import LOSSES, CalibrationOptions, Losses, LossMeter, choose_prompts, fixed_sequence, usable_prompts
 
 MODEL = "checkpoints/demo"
@@ -48,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     found = model_parser("calibration", __doc__, MODEL)
     found.add_argument("--prompts", nargs="+", metavar="FILE", default=[PROMPTS], help=f"texts ({PROMPTS})")
     found.add_argument("--num-prompts", type=at_least(2), metavar="N", help="use so many, equally many of each file")
-    found.add_argument("--measures", nargs="+", choices=MEASURES, metavar="NAME", help="those that the model has")
+    found.add_argument("--measures", nargs="+", choices=MODEL_MEASURES, metavar="NAME", help="those that the model has")
     found.add_argument("--loss", choices=sorted(LOSSES), default="agreement", help="of an answer (%(default)s)")
     found.add_argument("--max-risk", type=float, default=0.02, help="expected loss at the most (%(default)s)")
     found.add_argument("--confidence", type=float, default=0.95, help="with which that holds (%(default)s)")
@@ -92,7 +91,7 @@ def main(arguments: list[str]) -> None:
     size = round(len(prompts) * share)
     options.require_enough(size)
     measures: Sequence[Measure] = args.measures or [
-        name for name in MEASURES if name != "classifier" or model.exits.probes
+        name for name in MODEL_MEASURES if name != "classifier" or model.exits.probes
     ]
     for name in measures:
         EarlyExitParams(1.0, name).thresholds_for(model)

@@ -22,13 +22,11 @@ from bench.cost import ModelCost
 from bench.rounding import rounded
 from bench.shapes import SHAPES, shape
 from eejax import LLM, EarlyExitParams
-from eejax.core import Choice, ConfigError, DecodeConfig, FillMode, Measure, ModelConfig, PromptLike
+from eejax.core import MODEL_MEASURES, Choice, ConfigError, DecodeConfig, FillMode, ModelConfig, PromptLike
 from eejax.model import INIT_SCALE, count_params, leaves, param_shapes, rebuild
 from eejax.serve import DTYPES, resolve_dtype
 from eejax.text import chat_prompt, read_prompts
 
-MEASURES: tuple[Measure, ...] = ("softmax", "margin", "similarity", "classifier")
-"""Measures that look at the model; `--replay` is the one that does not."""
 GPU_WORKING_SET = 8 * 2**30
 
 
@@ -83,7 +81,7 @@ def new_parser(name: str, what: str | None) -> argparse.ArgumentParser:
     """`model_parser`, and one way to leave early."""
     parser = model_parser(name, what)
     parser.add_argument("--threshold", type=numbers, metavar="T[,T]", help="confidence to leave, one or one per exit")
-    parser.add_argument("--measure", choices=MEASURES, help="confidence measure (softmax)")
+    parser.add_argument("--measure", choices=MODEL_MEASURES, help="confidence measure (softmax)")
     add_replay(parser)
     return parser
 

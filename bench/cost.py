@@ -27,8 +27,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eejax.core import ModelConfig
-from eejax.device import NEEDS_LOGITS
+from eejax.core import LOGIT_MEASURES, ModelConfig
 from eejax.serve import PartSizes
 
 
@@ -156,7 +155,7 @@ def heads_asked(
         thresholds: one per exit layer; infinite where the request may not leave.
         measure: those that need no logits ask no head to decide, only the last one for its token.
     """
-    return (*(_tested(exit_points, thresholds, exit_layer) if measure in NEEDS_LOGITS else ()), exit_layer)
+    return (*(_tested(exit_points, thresholds, exit_layer) if measure in LOGIT_MEASURES else ()), exit_layer)
 
 
 def _tested(exit_points: Sequence[int], thresholds: Sequence[float], exit_layer: int) -> tuple[int, ...]:

@@ -22,7 +22,6 @@ from rich.progress import track
 
 from bench import machine
 from bench.common import (
-    MEASURES,
     Ceiling,
     ModelOptions,
     add_replay,
@@ -47,8 +46,15 @@ from bench.plots import require_matplotlib
 from bench.schedule import words
 from bench.shapes import shape
 from eejax import LLM, EarlyExitParams
-from eejax.core import LOGIT_MEASURES, ConfigError, ExitCostWarning, Measure, ModelConfig, PromptLike
-from eejax.device import NEEDS_LOGITS
+from eejax.core import (
+    LOGIT_MEASURES,
+    MODEL_MEASURES,
+    ConfigError,
+    ExitCostWarning,
+    Measure,
+    ModelConfig,
+    PromptLike,
+)
 from eejax.serve import asked_and_left, exit_costs
 from eejax.tune import read_documents, text_bytes
 
@@ -73,7 +79,8 @@ def batch_sizes(text: str) -> tuple[int, ...]:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     found = model_parser("exits", __doc__, default_model="checkpoints/demo")
-    found.add_argument("--measures", type=words(MEASURES), help=f"some of {','.join(MEASURES)} (all the model has)")
+    names = ",".join(MODEL_MEASURES)
+    found.add_argument("--measures", type=words(MODEL_MEASURES), help=f"some of {names} (all the model has)")
     found.add_argument(
         "--thresholds", type=numbers, metavar="T,T", help="of every measure (a grid of its own for each)"
     )
@@ -123,7 +130,9 @@ def settings_of(args: argparse.Namespace, config: ModelConfig) -> list[EarlyExit
             )
         found = [replay_params(args.replay)]
     else:
-        measures: Sequence[Measure] = args.measures or [m for m in MEASURES if m != "classifier" or config.exits.probes]
+        measures: Sequence[Measure] = args.measures or [
+            name for name in MODEL_MEASURES if name != "classifier" or config.exits.probes
+        ]
         found = [
             EarlyExitParams(threshold, measure, gate=gate)
             for measure in measures
@@ -190,7 +199,7 @@ def exits_of(config: ModelConfig, one: EarlyExitParams, tokens_at_exit: Mapping[
             "tokens_left": left,
             "share_left": left / asked if asked else None,
         }
-        for exit_ in exit_costs(config, with_logits=one.measure in NEEDS_LOGITS)
+        for exit_ in exit_costs(config, with_logits=one.measure in LOGIT_MEASURES)
         for asked, left in [counts[exit_.layer]]
     ]
 

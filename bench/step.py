@@ -30,7 +30,6 @@ from rich.progress import track
 
 from bench import machine
 from bench.common import (
-    MEASURES,
     ModelOptions,
     add_decode_options,
     add_replay,
@@ -55,7 +54,7 @@ from bench.schedule import words
 from bench.shapes import shape
 from bench.xla_profile import CONTROL_FLOW, SCOPES, cpu_runs, instructions, module_name, part_of, split, trace
 from eejax import LLM, EarlyExitParams, SamplingParams
-from eejax.core import ConfigError, ModelConfig, PromptLike
+from eejax.core import MODEL_MEASURES, ConfigError, ModelConfig, PromptLike
 
 PARTS = (*SCOPES, CONTROL_FLOW, "copies", "other", "host")
 
@@ -178,7 +177,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     found = model_parser("step", __doc__, default_model="checkpoints/demo")
     add_decode_options(found)
-    found.add_argument("--measures", type=words(MEASURES), help=f"some of {','.join(MEASURES)}, beside full depth")
+    names = ",".join(MODEL_MEASURES)
+    found.add_argument("--measures", type=words(MODEL_MEASURES), help=f"some of {names}, beside full depth")
     found.add_argument("--thresholds", type=numbers, metavar="T,T", help="of every measure")
     add_gates(found)
     add_replay(found)

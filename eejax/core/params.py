@@ -16,8 +16,12 @@ Measure = Literal["softmax", "margin", "similarity", "classifier", "random"]
 
 CALIBRATED = "calibrated"
 """A threshold that is looked up in the checkpoint: `eejax calibrate` stores it there."""
+MEASURES: tuple[Measure, ...] = get_args(Measure)
+"""All measures; on the device, a row's measure is an index into this."""
+MODEL_MEASURES: tuple[Measure, ...] = tuple(name for name in MEASURES if name != "random")
+"""Measures of what the model computes; `random` is a draw."""
 LOGIT_MEASURES = ("softmax", "margin")
-"""Measures that ask an exit's head."""
+"""Measures of an exit's logits: they need its head."""
 MAX_CONFIDENCE = 1.0
 """No measure exceeds this, so a threshold above it is exactly full depth."""
 MAX_LOGPROBS = 20
@@ -106,10 +110,9 @@ class EarlyExitParams:
             )
         elif not isinstance(self.threshold, DecayingThreshold):
             object.__setattr__(self, "threshold", _checked_thresholds("EarlyExitParams.threshold", self.threshold))
-        allowed = get_args(Measure)
         require(
-            self.measure in allowed,
-            f"EarlyExitParams.measure must be one of {', '.join(allowed)}, got {self.measure!r}",
+            self.measure in MEASURES,
+            f"EarlyExitParams.measure must be one of {', '.join(MEASURES)}, got {self.measure!r}",
         )
         if self.exit_layers is not None:
             require(

@@ -6,13 +6,11 @@ function of explicit state.
 
 from __future__ import annotations
 
-from eejax.device.exits import NEEDS_LOGITS
 from eejax.device.kernels import choose_kernels
 from eejax.device.kv_cache import PagedKVCache, Slots, init_cache, page_bytes, slots_of, write
 from eejax.device.runner import Runner, default_dtype, use_compilation_cache
 
 __all__ = [
-    "NEEDS_LOGITS",
     "PagedKVCache",
     "Runner",
     "Slots",

@@ -8,9 +8,9 @@ from typing import cast
 import jax
 import numpy as np
 
-from eejax.core import DecayingThreshold, EngineConfig, Logprob, Piece, Sequence
+from eejax.core import MEASURES, DecayingThreshold, EngineConfig, Logprob, Piece, Sequence
 from eejax.device.decode_state import DecodeState, Rows
-from eejax.device.exits import MEASURES, ExitRows
+from eejax.device.exits import ExitRows
 from eejax.device.prefill import PrefillTokens
 from eejax.device.sampling import SamplingRows, TokenLogprobs
 from pallas_kernels.api import check_page_ids

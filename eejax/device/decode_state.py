@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from eejax.core import COUNTERS, ModelConfig, SamplingParams
+from eejax.core import COUNTERS, LOGIT_MEASURES, ModelConfig, SamplingParams
 from eejax.device import kv_fill
-from eejax.device.exits import NEEDS_LOGITS, ExitRows
+from eejax.device.exits import ExitRows
 from eejax.device.kv_cache import PagedKVCache
 from eejax.device.kv_fill import Waiting
 from eejax.device.sampling import SamplingRows
@@ -140,7 +140,7 @@ class Asks:
 
     Attributes:
         exits: `none`: all rows run at full depth; `heads`: rows may exit by a measure that needs logits
-            (`NEEDS_LOGITS`); `any`: by any measure.
+            (`LOGIT_MEASURES`); `any`: by any measure.
         choice: `greedy`: no row samples or wants log-probabilities; `any`: rows may.
     """
 
@@ -153,7 +153,7 @@ class Asks:
         params = tuple(params)
         measures = {one.early_exit.measure for one in params if one.early_exit is not None}
         greedy = all((one.temperature <= 0 or one.top_k == 1) and one.logprobs is None for one in params)
-        exits = "none" if not measures else "heads" if measures <= NEEDS_LOGITS else "any"
+        exits = "none" if not measures else "heads" if measures.issubset(LOGIT_MEASURES) else "any"
         return cls(exits, "greedy" if greedy else "any")
 
     @classmethod

@@ -5,19 +5,15 @@ To add a measure: name it in `eejax.core.Measure` and compute it in `confidence`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from eejax.core import LOGIT_MEASURES, Measure
+from eejax.core import MEASURES
 from pallas_kernels.head import Best
-
-MEASURES: tuple[str, ...] = get_args(Measure)
-"""A row's measure travels to the device as an index into this."""
-NEEDS_LOGITS = frozenset(LOGIT_MEASURES)
 
 RANDOM_STREAM = 1
 """Sets the `random` measure's draws apart from the sampler's, which use the same per-token keys."""
@@ -62,7 +58,7 @@ class Observation:
     uniform: Float[Array, " B"] | None = None
 
 
-def uses(rows: ExitRows, names: frozenset[str]) -> Bool[Array, " B"]:
+def uses(rows: ExitRows, names: Sequence[str]) -> Bool[Array, " B"]:
     """Which rows use one of the named measures."""
     return jnp.isin(rows.measure, jnp.array([i for i, name in enumerate(MEASURES) if name in names]))
 

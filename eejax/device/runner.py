@@ -15,6 +15,7 @@ import numpy as np
 
 from eejax.core import (
     COUNTERS,
+    MEASURES,
     MIN_PREFILL_BUCKET,
     Counts,
     EngineConfig,
@@ -31,7 +32,6 @@ from eejax.core import (
 from eejax.device.batch_arrays import logprobs_of, prefill_tokens, rows_of, state_of
 from eejax.device.decode import decode_chunk
 from eejax.device.decode_state import ANYTHING, Asks, Plan
-from eejax.device.exits import MEASURES
 from eejax.device.kernels import choose_kernels
 from eejax.device.kv_cache import init_cache
 from eejax.device.prefill import prefill

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from eejax.core import InvalidRequestError, ModelConfig
+from eejax.core import MODEL_MEASURES, InvalidRequestError, ModelConfig
 from eejax.device import exits
 from eejax.device.exits import ExitRows, Observation
 from eejax.model import Block, EarlyExitTransformer, attend_causal, bind
@@ -63,7 +63,7 @@ def check_text(
 ) -> tuple[float, ...]:
     """Refuse what cannot be scored, as `Runner.score` says it. Returns one threshold per exit."""
     layers, count = config.exits.layers, len(token_ids)
-    allowed = [name for name in exits.MEASURES if name != "random" and (name != "classifier" or config.exits.probes)]
+    allowed = [name for name in MODEL_MEASURES if name != "classifier" or config.exits.probes]
     limits = (math.inf,) * len(layers) if thresholds is None else tuple(thresholds)
     unknown = [token for token in token_ids if not 0 <= token < config.vocab_size][:8]
     for wrong, message in (
@@ -94,7 +94,7 @@ def score_text(
         tokens: padded behind `length`, with anything.
         start: tokens before it run at full depth, as a prompt does.
         thresholds: of the exits, the same for every token; infinite where none may leave.
-        measure: index into `eejax.device.exits.MEASURES`; `random` lets nobody leave.
+        measure: index into `eejax.core.MEASURES`.
     """
     model = bind(config, params)
     count = tokens.shape[0]

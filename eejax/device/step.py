@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from eejax.core import LOGIT_MEASURES
 from eejax.device import exits, kv_fill
 from eejax.device.decode_state import DecodeState, Plan, Rows, Step
 from eejax.device.kv_cache import PagedKVCache, write
@@ -219,7 +220,7 @@ def _test_exit(
     with jax.named_scope("confidence"):
         if plan.asks.exits == "heads":
             return run_if(jnp.any(asks), lambda step: with_head(step, asks), step)
-        by_logits = asks & exits.uses(rows.exits, exits.NEEDS_LOGITS)
+        by_logits = asks & exits.uses(rows.exits, LOGIT_MEASURES)
         step = run_if(jnp.any(by_logits), lambda step: with_head(step, by_logits), step)
         others = asks & ~by_logits
         return run_if(jnp.any(others), lambda step: without_head(step, others), step)

@@ -10,6 +10,7 @@ from collections.abc import Collection
 from collections.abc import Sequence as Seq
 
 from eejax.core import (
+    LOGIT_MEASURES,
     CompletionOutput,
     Counts,
     EngineConfig,
@@ -27,7 +28,7 @@ from eejax.core import (
     StepResult,
     require,
 )
-from eejax.device import NEEDS_LOGITS, Runner
+from eejax.device import Runner
 from eejax.schedule import (
     QUESTION_TOKENS,
     ConstantPredictor,
@@ -324,7 +325,7 @@ class Engine:
     def _account(self, request: Request) -> None:
         """Enter what the exits cost and saved a finished request, if it asked their heads."""
         early_exit = request.params.early_exit
-        if early_exit is not None and early_exit.measure in NEEDS_LOGITS and request.may_leave:
+        if early_exit is not None and early_exit.measure in LOGIT_MEASURES and request.may_leave:
             for seq in request.sequences:
                 self.exit_ledger.add(request.thresholds, seq.exit_counts)
 

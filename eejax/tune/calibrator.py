@@ -12,9 +12,10 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, cast, get_args
+from typing import Protocol, cast
 
 from eejax.core import (
+    MODEL_MEASURES,
     EarlyExitParams,
     ExitCostWarning,
     Measure,
@@ -33,7 +34,6 @@ from eejax.tune.text_overlap import agreement, rouge_l
 
 log = logging.getLogger(__name__)
 
-MEASURES: tuple[Measure, ...] = tuple(name for name in get_args(Measure) if name != "random")
 PROBABILITIES = (0.99, 0.98, *(round(0.95 - 0.05 * i, 2) for i in range(19)))
 COSINES = tuple(round(1 - 2 ** (-i / 3), 4) for i in range(24, 2, -1))
 """Neighbouring hidden states point nearly the same way, so steps are a constant factor of the distance to 1."""
@@ -119,9 +119,9 @@ class CalibrationOptions:
     def __post_init__(self) -> None:
         me = "CalibrationOptions"
         check_bound(self.max_risk, self.confidence)
-        require(bool(self.measures), f"{me}.measures is empty; there are {', '.join(MEASURES)}")
+        require(bool(self.measures), f"{me}.measures is empty; there are {', '.join(MODEL_MEASURES)}")
         for name in self.measures:
-            require(name in MEASURES, f"{me}.measures must be of {', '.join(MEASURES)}, got {name!r}")
+            require(name in MODEL_MEASURES, f"{me}.measures must be of {', '.join(MODEL_MEASURES)}, got {name!r}")
         require(
             callable(self.loss) or self.loss in LOSSES,
             f"{me}.loss must be one of {', '.join(LOSSES)}, or a function, got {self.loss!r}",

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from eejax.core.params import LOGIT_MEASURES, MEASURES
 from eejax.device import exits
-from eejax.device.exits import MEASURES, ExitRows, Observation
+from eejax.device.exits import ExitRows, Observation
 from pallas_kernels.head import Best
 from tests.reference import softmax
 
@@ -107,8 +108,8 @@ def test_each_row_is_judged_by_its_own_measure():
     seen = Observation(Best.of(jnp.asarray(logits)), uniform=jnp.array([0.9, 0.8, 0.7]))
     np.testing.assert_allclose(exits.confidence(rows(3, measure=measure), seen), [0.9, 0.5, 0.2], rtol=1e-5)
     uses = functools.partial(exits.uses, rows(3, measure=measure))
-    assert uses(exits.NEEDS_LOGITS).tolist() == [False, True, True]
-    assert uses(frozenset({"random"})).tolist() == [True, False, False]
+    assert uses(LOGIT_MEASURES).tolist() == [False, True, True]
+    assert uses(("random",)).tolist() == [True, False, False]
 
 
 def test_similarity_is_the_cosine_of_two_states():

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from eejax import LLM, ConfigError, EarlyExitParams, InvalidRequestError, SamplingParams
 from eejax.cli import main as cli
 from eejax.core.config import ExitConfig, ModelConfig
+from eejax.core.params import MODEL_MEASURES
 from eejax.model.weights import load_checkpoint
 from eejax.model.weights_writer import save_checkpoint
 from eejax.serve.calibration import CALIBRATION_FILE, load_calibration, save_calibration
@@ -152,7 +153,7 @@ def test_a_loss_out_of_range_is_refused_by_value(made: Path):
         one.measure(EARLY)
 
 
-@pytest.mark.parametrize("measure", calibrator.MEASURES)
+@pytest.mark.parametrize("measure", MODEL_MEASURES)
 def test_grids_go_down_from_the_most_cautious(measure):
     grid = calibrator.GRIDS[measure]
     assert list(grid) == sorted(set(grid), reverse=True)
