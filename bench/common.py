@@ -25,7 +25,7 @@ from eejax import LLM, EarlyExitParams
 from eejax.core import MODEL_MEASURES, Choice, ConfigError, DecodeConfig, FillMode, ModelConfig, PromptLike
 from eejax.model import INIT_SCALE, count_params, leaves, param_shapes, rebuild
 from eejax.serve import DTYPES, resolve_dtype
-from eejax.text import chat_prompt, read_prompts
+from eejax.text import prompt_ids, read_prompts
 
 GPU_WORKING_SET = 8 * 2**30
 
@@ -198,9 +198,7 @@ def text_prompts(llm: LLM, file: Path, count: int | None = None) -> list[PromptL
     """The first `count` texts of `file` in the checkpoint's chat template. Raises `ConfigError` without a tokenizer."""
     if llm.tokenizer is None:
         raise ConfigError("--prompts needs a model with a tokenizer, so --model and not --random")
-    texts = read_prompts(file, count)
-    ids = [chat_prompt(llm.tokenizer, [{"role": "user", "content": text}])[1] for text in texts]
-    return [{"prompt_token_ids": one} for one in ids]
+    return [{"prompt_token_ids": prompt_ids(llm.tokenizer, text)} for text in read_prompts(file, count)]
 
 
 def dtype_of(llm: LLM) -> jnp.dtype:

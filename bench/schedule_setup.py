@@ -20,7 +20,7 @@ from bench.paper import MicroBatches
 from eejax import LLM, SamplingParams
 from eejax.core import ConfigError, EarlyExitParams, PolicyName, PredictorName, PromptLike, SchedulerConfig
 from eejax.schedule import LengthHeads, LengthPredictor, Policy, load_length_heads, make_predictor
-from eejax.text import chat_prompt, read_prompts
+from eejax.text import prompt_ids, read_prompts
 
 REGIMES = ("roomy", "limited")
 MODES = ("full_depth", "early_exit")
@@ -137,8 +137,7 @@ class Bench:
         texts = list(dict.fromkeys(read_prompts(args.prompts)))
         if len(texts) < args.num_prompts:
             raise ConfigError(f"{args.prompts} holds {len(texts)} different prompts, {args.num_prompts} are needed")
-        chats = ([{"role": "user", "content": text}] for text in texts[: args.num_prompts])
-        return [tuple(chat_prompt(tokenizer, chat)[1]) for chat in chats]
+        return [tuple(prompt_ids(tokenizer, text)) for text in texts[: args.num_prompts]]
 
     def requests(self, mode: str) -> tuple[list[PromptLike], list[SamplingParams]]:
         """Prompts, and parameters with a seed each; random weights end an answer at any of eight tokens."""

@@ -49,7 +49,7 @@ from eejax import LLM, SamplingParams
 from eejax.core import ModelConfig
 from eejax.model import check_target, count_params, leaves, load_checkpoint
 from eejax.serve import fingerprint
-from eejax.text import CONFIG_FILE, MODEL_FILE, Tokenizer, chat_prompt
+from eejax.text import CONFIG_FILE, MODEL_FILE, Tokenizer, prompt_ids
 
 PROMPT_SHARES = {"oasst1_en": 0.4, "gsm8k": 0.2, "simple_instructions": 0.2, "tldr": 0.2}
 LONGEST_PROMPT = 400
@@ -70,7 +70,7 @@ def own_answers(
     for name, share in PROMPT_SHARES.items():
         rows = demo_data.read_rows(data / "instruct" / name / f"{split}.jsonl.gz")
         for i in np.random.default_rng(1).permutation(len(rows))[: round(count * share)]:
-            _, ids = chat_prompt(tokenizer, [{"role": "user", "content": demo_data.question(rows[i])}])
+            ids = prompt_ids(tokenizer, demo_data.question(rows[i]))
             if len(ids) <= LONGEST_PROMPT:
                 prompts.append(ids)
     outputs = llm.generate(

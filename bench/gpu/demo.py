@@ -25,7 +25,7 @@ from eejax import LLM, EarlyExitParams, SamplingParams
 from eejax.core import ExitConfig, ModelConfig, PromptLike
 from eejax.model import load_checkpoint
 from eejax.serve import resolve_dtype
-from eejax.text import Tokenizer, chat_prompt, load_tokenizer, read_prompts
+from eejax.text import Tokenizer, load_tokenizer, prompt_ids, read_prompts
 from pallas_kernels.implementation import VARIABLE
 
 RUNS = {"mosaic": ("mosaic", "bfloat16"), "xla": ("xla", "bfloat16"), "float32": ("xla", "float32")}
@@ -46,9 +46,7 @@ def first_blocks(config: ModelConfig, params: dict, count: int) -> tuple[ModelCo
 def answer(llm: LLM, tokenizer: Tokenizer, count: int, tokens: int) -> dict[str, Any]:
     """Tokens and exit layers of the first prompts, by mode."""
     texts = read_prompts(ROOT / "bench" / "schedule_prompts.jsonl", count)
-    prompts: list[PromptLike] = [
-        {"prompt_token_ids": chat_prompt(tokenizer, [{"role": "user", "content": text}])[1]} for text in texts
-    ]
+    prompts: list[PromptLike] = [{"prompt_token_ids": prompt_ids(tokenizer, text)} for text in texts]
     found = {}
     for mode, early_exit in MODES.items():
         params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, early_exit=early_exit)

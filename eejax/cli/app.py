@@ -32,7 +32,7 @@ from eejax.core import (
     describe,
     status,
 )
-from eejax.text import read_prompts
+from eejax.text import prompt_ids, read_prompts
 
 if TYPE_CHECKING:
     from eejax.serve import LLM
@@ -207,7 +207,7 @@ def generate(
         )
         if params.early_exit is not None:
             check_exits(llm, params.early_exit)
-        prompts = [text if raw else in_chat_template(llm, text) for text in texts]
+        prompts: list[PromptLike] = [*texts] if raw else in_chat_template(llm, texts)
         answer = answer_one_by_one if stream else answer_together
         if not answer(llm, texts, prompts, params, as_json):
             raise typer.Exit(2)
@@ -265,7 +265,7 @@ def demo(
         )
         if early_exit is not None:
             check_exits(llm, early_exit)
-        prompts = [in_chat_template(llm, text) for text in texts]
+        prompts = in_chat_template(llm, texts)
         tour(
             llm, texts, prompts, SamplingParams(temperature=0.0, max_tokens=max_tokens, early_exit=early_exit), repeats
         )
@@ -303,13 +303,9 @@ def check_exits(llm: LLM, early_exit: EarlyExitParams) -> None:
         Console(stderr=True, highlight=False).print(text, style="yellow", soft_wrap=True)
 
 
-def in_chat_template(llm: LLM, text: str) -> PromptLike:
-    """`text` as the one message of a conversation, as `LLM.chat` sends it; as it is where there is no template."""
-    from eejax.text import chat_prompt
-
-    if llm.tokenizer is None or not llm.tokenizer.has_chat_template:
-        return text
-    return {"prompt_token_ids": chat_prompt(llm.tokenizer, [{"role": "user", "content": text}])[1]}
+def in_chat_template(llm: LLM, texts: Sequence[str]) -> list[PromptLike]:
+    """Each text as the only message of a conversation, as `LLM.chat` sends it."""
+    return [{"prompt_token_ids": prompt_ids(llm.tokenizer, text)} for text in texts]
 
 
 def prompts_from(given: Sequence[str], file: Path | None) -> list[str]:

@@ -49,7 +49,7 @@ from eejax.serve.options import (
     resolve_dtype,
     scheduler_config,
 )
-from eejax.text import Message, Tokenizer, chat_prompt, has_tokenizer, load_end_tokens, load_tokenizer
+from eejax.text import Message, Tokenizer, has_tokenizer, load_end_tokens, load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -267,6 +267,8 @@ class LLM:
             InvalidRequestError: a single conversation (not a list) cannot be served, or the numbers of conversations
                 and parameters differ.
         """
+        from eejax.text import chat_prompt  # with Jinja, for conversations only
+
         if not isinstance(messages, list | tuple):
             raise InvalidRequestError(f"messages must be a conversation or a list of them, got {messages!r:.200}")
         single = bool(messages) and isinstance(messages[0], Mapping)

@@ -1,7 +1,7 @@
-"""Conversations to prompt text, as the Jinja template of a Hugging Face folder writes them. Nothing here imports jax.
+"""Conversations to prompt text, as the Jinja template of a folder writes them. No jax here.
 
-Transformers 5 is what templates are written for, so what a template finds here is what it finds there: the same
-environment, filters, functions and variables.
+Templates are written for Transformers 5, so a template finds here what it finds there: the same environment, filters,
+functions and variables.
 """
 
 from __future__ import annotations
@@ -19,14 +19,10 @@ import jinja2.parser
 import jinja2.sandbox
 
 from eejax.core import TokenizerError
-from eejax.text.tokenizer_files import CONFIG_FILE, read_text
+from eejax.text.tokenizer_files import Message
 
-TEMPLATE_FILE = "chat_template.jinja"
-MORE_TEMPLATES = "additional_chat_templates"
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Keys under which a message may hold its reasoning; templates read the first two."""
-
-Message = Mapping[str, object]
 
 
 class ChatTemplate:
@@ -35,9 +31,6 @@ class ChatTemplate:
     Args:
         sources: Jinja text of each template by name. `tool_use` is taken when tools are given, else `default`.
         origin: the file that they come from, for messages.
-
-    Attributes:
-        exists: whether there is any.
 
     Raises:
         TokenizerError: a template is not valid Jinja.
@@ -50,7 +43,6 @@ class ChatTemplate:
         env.filters["tojson"] = _to_json
         env.globals["raise_exception"] = _raise_from_template
         env.globals["strftime_now"] = _now
-        self.exists = bool(sources)
         self._origin = origin
         self._templates: dict[str, jinja2.Template] = {}
         for name, source in sources.items():
@@ -79,7 +71,7 @@ class ChatTemplate:
         Raises:
             TokenizerError: there is no template, messages or variables are malformed, or the template refuses them.
         """
-        if not self.exists:
+        if not self._templates:
             raise TokenizerError(f"{self._origin} has no chat_template; give the prompt as plain text")
         given = {"tools": None, "documents": None, **special, **variables}
         for name in ("tools", "documents"):
@@ -101,36 +93,6 @@ class ChatTemplate:
             if name in self._templates:
                 return self._templates[name]
         raise TokenizerError(f"{self._origin} has chat templates {sorted(self._templates)} and none called 'default'")
-
-
-def load_chat_template(folder: Path, config: Mapping[str, Any]) -> ChatTemplate:
-    """The chat template of a folder, if it has one. Files of their own win over `config`.
-
-    Args:
-        config: what `tokenizer_config.json` holds; its `chat_template` is text, or a list of `{name, template}`.
-
-    Raises:
-        TokenizerError: a template cannot be read or is not valid Jinja; the message names the file.
-    """
-    file = folder / TEMPLATE_FILE
-    found = {"default": file} if file.exists() else {}
-    found |= {one.stem: one for one in sorted((folder / MORE_TEMPLATES).glob("*.jinja"))}
-    if found:
-        sources = {name: read_text(one) for name, one in found.items()}
-        return ChatTemplate(sources, file if file.exists() else folder / MORE_TEMPLATES)
-    file, given = folder / CONFIG_FILE, config.get("chat_template")
-    if not given:
-        return ChatTemplate({}, file)
-    if isinstance(given, str):
-        return ChatTemplate({"default": given}, file)
-    entries = [{"name": name, "template": given[name]} for name in given] if isinstance(given, dict) else given
-    if not isinstance(entries, list) or not all(_is_named_template(one) for one in entries):
-        raise TokenizerError(f"{file}: chat_template must be text or a list of {{name, template}}, got {given!r:.200}")
-    return ChatTemplate({one["name"]: one["template"] for one in entries}, file)
-
-
-def _is_named_template(entry: object) -> bool:
-    return isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("name", "template"))
 
 
 def _is_list(value: object) -> bool:

@@ -1,13 +1,18 @@
-"""Tokenizers that the `tokenizers` library runs: those of Hugging Face folders. Nothing here imports jax."""
+"""Tokenizers that the `tokenizers` library runs: those of Hugging Face folders. No jax here."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tokenizers
 
-from eejax.text.chat_template import ChatTemplate, Message
-from eejax.text.tokenizer_files import checked_text, known_ids
+from eejax.text.tokenizer_files import Message, checked_text, known_ids
+
+if TYPE_CHECKING:
+    from eejax.text.chat_template import ChatTemplate
 
 CLEANED = (
     (" .", "."),
@@ -32,7 +37,7 @@ class FastTokenizer:
     Args:
         backend: what splits and joins.
         named: special tokens by their names in Transformers (`bos_token`, ...).
-        template: writes conversations.
+        templates: Jinja text of the chat templates by name, and the file that they come from.
         cleans_up: `decode` takes out spaces before punctuation and in contractions.
 
     Attributes:
@@ -44,11 +49,15 @@ class FastTokenizer:
     """
 
     def __init__(
-        self, backend: tokenizers.Tokenizer, named: Mapping[str, str], template: ChatTemplate, cleans_up: bool
+        self,
+        backend: tokenizers.Tokenizer,
+        named: Mapping[str, str],
+        templates: tuple[Mapping[str, str], Path],
+        cleans_up: bool,
     ) -> None:
         self._backend = backend
         self._named = dict(named)
-        self._template = template
+        self._templates = templates
         self.cleans_up = cleans_up
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
         self.bos_id, self.eos_id = (
@@ -56,7 +65,7 @@ class FastTokenizer:
         )
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
-        self.has_chat_template = template.exists
+        self.has_chat_template = bool(templates[0])
 
     def encode(self, text: str, add_bos: bool = True) -> list[int]:
         """Token ids of `text`; added tokens written out in it become their own ids.
@@ -89,6 +98,12 @@ class FastTokenizer:
         """The conversation `[{"role": ..., "content": ...}, ...]` as one prompt.
 
         Raises:
-            TokenizerError: there is no template, or it refuses the messages.
+            TokenizerError: there is no template, it is not valid Jinja, or it refuses the messages.
         """
         return self._template.render(messages, add_generation_prompt, self._named, variables)
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        from eejax.text.chat_template import ChatTemplate  # Jinja is imported for conversations only
+
+        return ChatTemplate(*self._templates)

@@ -20,22 +20,22 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from eejax.core import TokenizerError
-from eejax.text.chat_template import load_chat_template
 from eejax.text.declared_tokens import STANDARD, Declared, Token, declared_tokens
 from eejax.text.fast_tokenizer import FastTokenizer
 from eejax.text.tokenizer_files import (
     CONFIG_FILE,
     FAST_FILE,
     MODEL_FILE,
+    SPACE_MARK,
     TOKEN_MAP_FILE,
+    declared_class,
+    find_chat_templates,
     read_bytes,
     read_object,
     read_text,
-    typed,
 )
 
 GENERIC = "TokenizersBackend"
-SPACE_MARK = "\u2581"
 QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -60,12 +60,7 @@ def tokenizer_class(folder: Path, config: Mapping[str, Any]) -> str | None:
     Raises:
         TokenizerError: the name is no text.
     """
-    try:
-        model = read_object(folder / "config.json", missing={})
-    except TokenizerError:
-        model = {}  # whoever reads the model's configuration says what is wrong with it
-    named = typed(config, "tokenizer_class", str, None, folder / CONFIG_FILE) or model.get("tokenizer_class")
-    model_type = model.get("model_type")
+    named, model_type = declared_class(folder, config)
     if named is None and model_type is None:
         return None
     named = named.removesuffix("Fast") if isinstance(named, str) else None
@@ -175,17 +170,17 @@ def _from_sentencepiece(
 # ------------------------------------------------------------------------------------------------------------ all of it
 
 
-def load_huggingface_tokenizer(folder: Path, config: Mapping[str, Any], kind: str) -> FastTokenizer:
+def load_huggingface_tokenizer(folder: Path, config: Mapping[str, Any]) -> FastTokenizer:
     """The tokenizer of a folder with `tokenizer.json`, or else with a sentencepiece `tokenizer.model`.
 
     Args:
         config: what `tokenizer_config.json` holds.
-        kind: from `tokenizer_class`.
 
     Raises:
         TokenizerError: a file is missing, unreadable or corrupt, or names a BOS or EOS that the vocabulary lacks; the
             message names the file.
     """
+    kind = tokenizer_class(folder, config) or GENERIC
     from_file = (folder / FAST_FILE).exists()
     file = folder / (FAST_FILE if from_file else MODEL_FILE)
     if from_file:
@@ -221,7 +216,7 @@ def load_huggingface_tokenizer(folder: Path, config: Mapping[str, Any], kind: st
         or bool(config.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"))
     )
     names = {name: str(token) for name, token in named.items()}
-    return FastTokenizer(backend, names, load_chat_template(folder, config), cleans_up)
+    return FastTokenizer(backend, names, find_chat_templates(folder, config), cleans_up)
 
 
 @contextmanager

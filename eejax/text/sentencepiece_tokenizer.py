@@ -1,20 +1,30 @@
-"""Tokenizers that the sentencepiece library runs itself: those of eejax's own checkpoints. Nothing here imports jax."""
+"""Tokenizers that the sentencepiece library runs itself: those of eejax's own checkpoints. No jax here."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sentencepiece
 
 from eejax.core import TokenizerError
-from eejax.text.chat_template import Message, load_chat_template
-from eejax.text.tokenizer_files import CONFIG_FILE, MODEL_FILE, checked_text, known_ids, read_bytes, typed
+from eejax.text.tokenizer_files import (
+    CONFIG_FILE,
+    MODEL_FILE,
+    SPACE_MARK,
+    Message,
+    checked_text,
+    find_chat_templates,
+    known_ids,
+    read_bytes,
+    typed,
+)
 
-SPACE_MARK = "\u2581"
-"""Sentencepiece writes a space so; the character itself can then only be spelled in bytes."""
+if TYPE_CHECKING:
+    from eejax.text.chat_template import ChatTemplate
 
 
 class SentencePieceTokenizer:
@@ -60,8 +70,8 @@ class SentencePieceTokenizer:
         words = sorted((*self._special, SPACE_MARK), key=len, reverse=True)
         self._split = re.compile("(" + "|".join(re.escape(word) for word in words) + ")")
         self._mark_ids = [self._sp.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
-        self._template = load_chat_template(folder, config)
-        self.has_chat_template = self._template.exists
+        self._templates = find_chat_templates(folder, config)
+        self.has_chat_template = bool(self._templates[0])
 
     def _id_of(self, token: str) -> int:
         number = self._sp.piece_to_id(token)
@@ -119,8 +129,14 @@ class SentencePieceTokenizer:
         """The conversation `[{"role": ..., "content": ...}, ...]` as one prompt.
 
         Raises:
-            TokenizerError: there is no template, or it refuses the messages.
+            TokenizerError: there is no template, it is not valid Jinja, or it refuses the messages.
         """
         names = {"bos_token": self.bos_id, "eos_token": self.eos_id}
         special = {name: "" if i is None else self._sp.id_to_piece(i) for name, i in names.items()}
         return self._template.render(messages, add_generation_prompt, special, variables)
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        from eejax.text.chat_template import ChatTemplate  # Jinja is imported for conversations only
+
+        return ChatTemplate(*self._templates)

@@ -1,4 +1,4 @@
-"""What all tokenizers need: reading the files beside them, checking text and ids. Nothing here imports jax."""
+"""What tokenizers of both formats need: reading the files of a folder, checking text and ids. No jax here."""
 
 from __future__ import annotations
 
@@ -14,6 +14,15 @@ FAST_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 TOKEN_MAP_FILE = "special_tokens_map.json"
 ADDED_FILE = "added_tokens.json"
+GENERATION_FILE = "generation_config.json"
+TEMPLATE_FILE = "chat_template.jinja"
+MORE_TEMPLATES = "additional_chat_templates"
+
+SPACE_MARK = "\u2581"
+"""How sentencepiece writes a space; the character itself can then only be spelled in bytes."""
+
+Message = Mapping[str, object]
+"""One message of a conversation: `role`, and as a rule `content`."""
 
 
 def read_bytes(file: Path) -> bytes:
@@ -61,6 +70,53 @@ def typed(config: Mapping[str, Any], name: str, kind: type, default: Any, file: 
     if not isinstance(value, kind):
         raise TokenizerError(f"{file}: {name} must be of type {kind.__name__}, got {value!r:.200}")
     return value
+
+
+def declared_class(folder: Path, config: Mapping[str, Any]) -> tuple[object, object]:
+    """The tokenizer class and the model type that a folder names; both None in eejax's own checkpoints.
+
+    Args:
+        config: what `tokenizer_config.json` holds.
+
+    Raises:
+        TokenizerError: the class in `tokenizer_config.json` is not text.
+    """
+    try:
+        model = read_object(folder / "config.json", missing={})
+    except TokenizerError:
+        model = {}  # whatever reads the model's configuration reports what is wrong with it
+    named = typed(config, "tokenizer_class", str, None, folder / CONFIG_FILE) or model.get("tokenizer_class")
+    return named, model.get("model_type")
+
+
+def find_chat_templates(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, str], Path]:
+    """Jinja text of a folder's chat templates by name, and the file that they come from. Files win over `config`.
+
+    Args:
+        config: what `tokenizer_config.json` holds; its `chat_template` is text, or a list of `{name, template}`.
+
+    Raises:
+        TokenizerError: a template cannot be read or is not text; the message names the file.
+    """
+    file = folder / TEMPLATE_FILE
+    found = {"default": file} if file.exists() else {}
+    found |= {one.stem: one for one in sorted((folder / MORE_TEMPLATES).glob("*.jinja"))}
+    if found:
+        sources = {name: read_text(one) for name, one in found.items()}
+        return sources, file if file.exists() else folder / MORE_TEMPLATES
+    file, given = folder / CONFIG_FILE, config.get("chat_template")
+    if not given:
+        return {}, file
+    if isinstance(given, str):
+        return {"default": given}, file
+    entries = [{"name": name, "template": given[name]} for name in given] if isinstance(given, dict) else given
+    if not isinstance(entries, list) or not all(_is_named_template(one) for one in entries):
+        raise TokenizerError(f"{file}: chat_template must be text or a list of {{name, template}}, got {given!r:.200}")
+    return {one["name"]: one["template"] for one in entries}, file
+
+
+def _is_named_template(entry: object) -> bool:
+    return isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("name", "template"))
 
 
 def checked_text(text: str) -> str:

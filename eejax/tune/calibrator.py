@@ -28,7 +28,8 @@ from eejax.core import (
 )
 from eejax.model import leaves, load_config
 from eejax.serve import LLM, Calibration, MeasureCalibration, fingerprint, load_calibration, save_calibration
-from eejax.tune.length_training import choose_prompts, prompt_ids
+from eejax.text import prompt_ids
+from eejax.tune.length_training import choose_prompts
 from eejax.tune.risk import check_bound, fixed_sequence, requests_needed
 from eejax.tune.text_overlap import agreement, rouge_l
 
@@ -257,7 +258,7 @@ def certify(meter: LossMeter, measure: Measure, model: ModelConfig, options: Cal
 def usable_prompts(llm: LLM, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
     """Token ids of the prompts that leave room for `max_tokens` more, as single messages where there is a template."""
     limit = llm.config.max_model_len - max_tokens
-    return [ids for text in texts if 0 < len(ids := prompt_ids(llm, text)) <= limit]
+    return [ids for text in texts if 0 < len(ids := prompt_ids(llm.tokenizer, text)) <= limit]
 
 
 def calibrate(

@@ -31,7 +31,7 @@ from eejax.core import (
 from eejax.model import load_checkpoint, load_config
 from eejax.schedule import QUESTION_TOKENS, LengthHeads, make_predictor, said_number, save_length_heads
 from eejax.serve import LLM
-from eejax.text import chat_prompt, load_end_tokens, load_tokenizer, read_sourced_prompts
+from eejax.text import load_end_tokens, load_tokenizer, prompt_ids, read_sourced_prompts
 from eejax.tune.length_fit import FOLDS, fit_heads, scores
 
 LengthTarget = Literal["every", "max"]
@@ -120,15 +120,6 @@ def choose_prompts(files: Sequence[str | Path], count: int | None, seed: int) ->
     return [mixed[i] for i in rng.permutation(len(mixed)).tolist()]
 
 
-def prompt_ids(llm: LLM, text: str) -> list[int]:
-    """`text` as the one message of a conversation, or as plain text where the model has no chat template."""
-    if llm.tokenizer is None:
-        raise ConfigError("labels are made from text, and this model has no tokenizer")
-    if llm.tokenizer.has_chat_template:
-        return chat_prompt(llm.tokenizer, [{"role": "user", "content": text}])[1]
-    return llm.tokenizer.encode(text)
-
-
 def make_labels(
     llm: LLM,
     prompts: Sequence[tuple[str, str]],
@@ -149,7 +140,7 @@ def make_labels(
     middle = len(temperatures) // 2
     drawn = [t for i, t in enumerate(temperatures) for _ in range(2 if i == middle else 1)]
     limit = llm.config.max_model_len - max_tokens
-    fitting = [(text, source, ids) for text, source in prompts if len(ids := prompt_ids(llm, text)) <= limit]
+    fitting = [(text, source, ids) for text, source in prompts if len(ids := prompt_ids(llm.tokenizer, text)) <= limit]
     seeds = np.random.default_rng([seed, 1]).integers(2**32, size=(len(fitting), len(temperatures))).tolist()
     _require_enough(len(fitting))
     if out is not None:
@@ -261,7 +252,7 @@ def train_length(
     if known is None:
         out = None if labels_out is None else Path(labels_out)
         known = make_labels(llm, chosen, options.temperatures, options.max_tokens, options.seed, out)
-    ids = [prompt_ids(llm, one.prompt) for one in known]
+    ids = [prompt_ids(llm.tokenizer, one.prompt) for one in known]
     hidden = hidden_states(llm, ids)
     order = np.random.default_rng([options.seed, 2]).permutation(len(known)).tolist()
     size = min(max(1, round(options.hold_out * len(known))), len(known) - FOLDS)

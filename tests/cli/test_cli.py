@@ -28,7 +28,7 @@ from eejax.model.transformer import init_params
 from eejax.model.weights import WEIGHTS_DIR
 from eejax.model.weights_writer import save_checkpoint
 from eejax.text.prompts import read_prompts
-from eejax.text.tokenizer import CONFIG_FILE, MODEL_FILE
+from eejax.text.tokenizer_files import CONFIG_FILE, MODEL_FILE
 from tests.tokenizer_cases import train_sentencepiece
 
 LAYERS = 4

@@ -19,6 +19,7 @@ from eejax.model.orbax_tree import load_tree
 from eejax.model.transformer import init_params
 from eejax.model.weights import CONFIG_FILE, WEIGHTS_DIR, load_checkpoint
 from eejax.model.weights_writer import save_checkpoint, save_tree
+from tests.hf_folders import make_folder
 
 CONFIG = ModelConfig(
     vocab_size=48, hidden_size=16, intermediate_size=24, n_layers=11, n_heads=2, n_kv_heads=1, head_dim=8,
@@ -211,6 +212,10 @@ def test_a_damaged_data_file_is_an_error_and_never_other_weights(tmp_path: Path,
     assert lines.count("refused") >= 2
 
 
-def test_orbax_is_imported_only_where_it_is_needed() -> None:
-    code = "import sys, eejax.serve.llm; sys.exit('orbax' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+def test_a_format_is_imported_only_where_it_is_needed(tmp_path: Path, params: dict) -> None:
+    save_checkpoint(tmp_path / "own", CONFIG, params)
+    make_folder(tmp_path / "hf")
+    opened = "import sys, eejax.serve.llm; from eejax.model import load_checkpoint; load_checkpoint(sys.argv[1]); "
+    for folder, other in (("own", "eejax.model.huggingface"), ("hf", "orbax")):
+        code = f"{opened} sys.exit({other!r} in sys.modules)"
+        assert subprocess.run([sys.executable, "-c", code, str(tmp_path / folder)], check=False).returncode == 0

@@ -41,7 +41,8 @@ from eejax.schedule.length_predictor import (
     question_turn,
     said_number,
 )
-from eejax.text.tokenizer import chat_prompt, load_tokenizer
+from eejax.text.chat import chat_prompt
+from eejax.text.tokenizer import load_tokenizer
 from tests.cases import shape_config
 
 DEMO = Path(__file__).parents[2] / "checkpoints" / "demo"

@@ -27,7 +27,8 @@ from eejax.cli.app import in_chat_template
 from eejax.core.config import ExitConfig, ModelConfig
 from eejax.model.weights_writer import save_checkpoint
 from eejax.serve.engine import EngineStats
-from eejax.text.tokenizer import CONFIG_FILE, MODEL_FILE, copy_tokenizer
+from eejax.text.tokenizer_copy import copy_tokenizer
+from eejax.text.tokenizer_files import CONFIG_FILE, MODEL_FILE
 from tests.cases import random_model, random_params
 from tests.reference import generate as reference
 from tests.tokenizer_cases import FOLDERS, train_sentencepiece
@@ -617,10 +618,11 @@ def test_chat_needs_a_tokenizer_with_a_template(llm: LLM, chatty: LLM):
     options = {"max_num_seqs": 1, "max_model_len": 16, "page_size": PAGE, "num_pages": 4}
     with pytest.raises(TokenizerError, match="this model has no tokenizer"):
         LLM.from_params(model, params, **options).chat(TALK, use_tqdm=False)
-    # The command line sends the same, and a prompt as it is where there is no template.
-    assert in_chat_template(llm, "as it is") == "as it is"
+    # The command line sends the same, and a prompt as plain text where there is no template.
+    [plain] = llm.generate(["as it is"], greedy(max_tokens=1), use_tqdm=False)
+    assert in_chat_template(llm, ["as it is"]) == [{"prompt_token_ids": list(plain.prompt_token_ids)}]
     [output] = chatty.chat([{"role": "user", "content": "Hi"}], greedy(max_tokens=1), use_tqdm=False)
-    assert in_chat_template(chatty, "Hi") == {"prompt_token_ids": list(output.prompt_token_ids)}
+    assert in_chat_template(chatty, ["Hi"]) == [{"prompt_token_ids": list(output.prompt_token_ids)}]
 
 
 def test_any_end_token_of_the_checkpoint_ends_an_answer(chatty: LLM):

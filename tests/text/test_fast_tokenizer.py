@@ -14,7 +14,8 @@ from eejax.core.errors import TokenizerError
 from eejax.text.fast_tokenizer import FastTokenizer
 from eejax.text.huggingface_tokenizer import tokenizer_class
 from eejax.text.sentencepiece_tokenizer import SentencePieceTokenizer
-from eejax.text.tokenizer import copy_tokenizer, has_tokenizer, load_end_tokens, load_tokenizer
+from eejax.text.tokenizer import has_tokenizer, load_end_tokens, load_tokenizer
+from eejax.text.tokenizer_copy import copy_tokenizer
 from tests.oracle_env import REPOSITORY, oracle_python
 from tests.tokenizer_cases import FOLDERS, NAMES, WITH_TEMPLATE, chat_differences, text_differences
 

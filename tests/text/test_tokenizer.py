@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,9 @@ from hypothesis import strategies as st
 
 from checkpoints.demo_data import TOKENIZER_CONFIG
 from eejax.core.errors import TokenizerError
-from eejax.text.tokenizer import CONFIG_FILE, MODEL_FILE, SentencePieceTokenizer, Tokenizer, load_tokenizer
+from eejax.text.sentencepiece_tokenizer import SentencePieceTokenizer
+from eejax.text.tokenizer import Tokenizer, load_tokenizer
+from eejax.text.tokenizer_files import CONFIG_FILE, MODEL_FILE
 
 TEXTS = [
     "The cat sat on the mat.",
@@ -130,6 +134,24 @@ def test_template_runs_in_a_sandbox(folder: Path, tmp_path: Path) -> None:
         load_tokenizer(broken).apply_chat_template([{"role": "user", "content": "x"}])
 
 
+def test_a_template_that_is_no_jinja_is_refused_when_it_is_used(folder: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(folder, tmp_path / "t")
+    (broken / CONFIG_FILE).write_text(json.dumps({"chat_template": "{% if %}"}))
+    tokenizer = load_tokenizer(broken)
+    assert tokenizer.decode(tokenizer.encode("cat")) == "cat"
+    for _ in range(2):
+        with pytest.raises(TokenizerError, match=r"tokenizer_config\.json: chat_template is not valid Jinja"):
+            tokenizer.apply_chat_template([{"role": "user", "content": "x"}])
+
+
+def test_plain_text_needs_neither_jinja_nor_the_other_format(folder: Path) -> None:
+    code = (
+        "import sys; from eejax.text import load_tokenizer; load_tokenizer(sys.argv[1]).encode('cat');"
+        "sys.exit(bool({'jinja2', 'tokenizers'} & sys.modules.keys()))"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(folder)], check=False).returncode == 0
+
+
 def test_bad_input_is_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(TokenizerError, match="UTF-8"):
         tokenizer.encode("lone \ud800 surrogate")
@@ -166,7 +188,7 @@ def test_without_template_the_error_says_so(folder: Path, tmp_path: Path) -> Non
         (CONFIG_FILE, b"[]", "tokenizer_config.json must hold a JSON object, got list"),
         (CONFIG_FILE, b'{"eos_token": "<gone>"}', "names '<gone>', which tokenizer.model does not have"),
         (CONFIG_FILE, b'{"add_bos": "yes"}', "add_bos must be of type bool, got 'yes'"),
-        (CONFIG_FILE, b'{"chat_template": "{% if %}"}', "chat_template is not valid Jinja"),
+        (CONFIG_FILE, b'{"chat_template": 3}', "chat_template must be text or a list"),
     ],
 )
 def test_broken_files_are_named(

@@ -20,7 +20,7 @@ from eejax.core.params import MODEL_MEASURES
 from eejax.model.weights import load_checkpoint
 from eejax.model.weights_writer import save_checkpoint
 from eejax.serve.calibration import CALIBRATION_FILE, load_calibration, save_calibration
-from eejax.text.tokenizer import CONFIG_FILE, MODEL_FILE
+from eejax.text.tokenizer_files import CONFIG_FILE, MODEL_FILE
 from eejax.tune import calibrator
 from eejax.tune.calibrator import AnswerPair, CalibrationOptions, LossMeter, calibrate, certify
 from eejax.tune.text_overlap import agreement, rouge_l

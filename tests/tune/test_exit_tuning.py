@@ -22,7 +22,8 @@ from eejax.model.param_tree import leaves
 from eejax.model.transformer import bind
 from eejax.model.weights import load_checkpoint, load_lazily
 from eejax.model.weights_writer import save_checkpoint
-from eejax.text.tokenizer import CONFIG_FILE, MODEL_FILE, load_tokenizer
+from eejax.text.tokenizer import load_tokenizer
+from eejax.text.tokenizer_files import CONFIG_FILE, MODEL_FILE
 from eejax.tune import exit_tuning
 from eejax.tune.exit_objective import head_loss, separated
 from eejax.tune.exit_tuner import Tuner, TuningOptions, optimiser

@@ -22,7 +22,7 @@ from eejax.model.weights_writer import save_checkpoint
 from eejax.schedule.length_heads import HEADS_FILE, load_length_heads
 from eejax.schedule.length_predictor import ConstantPredictor, HiddenPredictor, PromptPredictor
 from eejax.text.prompts import read_prompts, read_sourced_prompts
-from eejax.text.tokenizer import CONFIG_FILE, MODEL_FILE
+from eejax.text.tokenizer_files import CONFIG_FILE, MODEL_FILE
 from eejax.tune import length_training
 from eejax.tune.length_fit import fit_heads, fit_quantiles, scores
 from eejax.tune.length_training import (

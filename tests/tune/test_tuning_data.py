@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eejax.core.errors import ConfigError, TokenizerError
-from eejax.text.chat_template import Message
+from eejax.text.tokenizer_files import Message
 from eejax.tune.tuning_data import hold_out, pack, read_documents, shuffled_forever, text_bytes
 
 BOS, EOS = 1, 2
