@@ -22,9 +22,9 @@ from bench.cost import ModelCost
 from bench.rounding import rounded
 from bench.shapes import SHAPES, shape
 from eejax import LLM, EarlyExitParams
-from eejax.core import MODEL_MEASURES, Choice, ConfigError, DecodeConfig, FillMode, ModelConfig, PromptLike
+from eejax.core import DTYPES, MODEL_MEASURES, Choice, ConfigError, DecodeConfig, FillMode, ModelConfig, PromptLike
+from eejax.device import resolve_dtype
 from eejax.model import INIT_SCALE, count_params, leaves, param_shapes, rebuild
-from eejax.serve import DTYPES, resolve_dtype
 from eejax.text import prompt_ids, read_prompts
 
 GPU_WORKING_SET = 8 * 2**30

@@ -29,6 +29,7 @@ from eejax.core import (
     replacing_folder,
     require,
 )
+from eejax.device import resolve_dtype
 from eejax.model import (
     LazyArray,
     add_exits,
@@ -40,7 +41,6 @@ from eejax.model import (
     rebuild,
     write_checkpoint,
 )
-from eejax.serve import resolve_dtype
 from eejax.text import copy_tokenizer, has_tokenizer, load_tokenizer
 
 MAX_SHARD_BYTES = 4 * 2**30

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from eejax.core.config import ExitConfig, ModelConfig
+from eejax.core import ExitConfig, ModelConfig
 from eejax.model.huggingface.config import to_huggingface
 from eejax.model.huggingface.weight_map import write_leaves
 from eejax.model.param_tree import LazyArray, leaves

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eejax.core.config import ModelConfig
+from eejax.core import ModelConfig
 from eejax.core.params import DecayingThreshold, EarlyExitParams
 
 

@@ -25,9 +25,8 @@ from bench.rounds import Round, request_params, run_round, token_costs
 from bench.shapes import SHAPES, shape
 from eejax import LLM, EarlyExitParams
 from eejax.core import MIN_PREFILL_BUCKET, CacheConfig, DecodeConfig, EngineConfig, FillMode, SchedulerConfig, bucket_of
-from eejax.device import Runner
+from eejax.device import Runner, default_num_pages, resolve_dtype
 from eejax.model import param_shapes
-from eejax.serve import default_num_pages, resolve_dtype
 from pallas_kernels.control_flow import VARIABLE
 
 REPLAY = (0.7, 0.2)

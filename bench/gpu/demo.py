@@ -23,8 +23,8 @@ from bench.gpu.record import RESULTS, report, results
 from bench.kernels import interpreted
 from eejax import LLM, EarlyExitParams, SamplingParams
 from eejax.core import ExitConfig, ModelConfig, PromptLike
+from eejax.device import resolve_dtype
 from eejax.model import load_checkpoint
-from eejax.serve import resolve_dtype
 from eejax.text import Tokenizer, load_tokenizer, prompt_ids, read_prompts
 from pallas_kernels.implementation import VARIABLE
 

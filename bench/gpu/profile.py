@@ -14,7 +14,7 @@ from bench.gpu.record import report
 from bench.rounds import request_params
 from bench.shapes import SHAPES, shape
 from bench.xla_profile import Event, device_events, trace
-from eejax.serve import resolve_dtype
+from eejax.device import resolve_dtype
 
 SHOWN = 30
 

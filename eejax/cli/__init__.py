@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from eejax.cli.app import app, main
+from eejax.cli.app import main
 
-__all__ = [
-    "app",
-    "main",
-]
+__all__ = ["main"]

@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 
 from eejax.cli.calibrate import calibrate
-from eejax.cli.terminal import answer_one_by_one, answer_together, integers, numbers, reported_errors
+from eejax.cli.terminal import answer_one_by_one, answer_together, integers, numbers, reported_errors, status, summary
 from eejax.cli.train_length import train_length
 from eejax.cli.tune_exits import tune_exits
 from eejax.core import (
@@ -29,8 +29,6 @@ from eejax.core import (
     EarlyExitParams,
     PromptLike,
     SamplingParams,
-    describe,
-    status,
 )
 from eejax.text import prompt_ids, read_prompts
 
@@ -281,7 +279,7 @@ def load(path: Path, **options: Any) -> LLM:
     # A refused request is reported by its own red line, not by the library's warning as well.
     logging.getLogger("eejax").addHandler(logging.NullHandler())
     start = time.perf_counter()
-    with status(f"loading {path}") as steps:
+    with status(f"loading {path}") as stages:
         from eejax.serve import LLM
         from eejax.text import require_tokenizer
 
@@ -290,7 +288,7 @@ def load(path: Path, **options: Any) -> LLM:
         llm = LLM(path, **options)
     console = Console(stderr=True, highlight=False)
     if console.is_terminal:
-        text = f"loaded in {time.perf_counter() - start:.1f} s: {describe(steps)}"
+        text = f"loaded in {time.perf_counter() - start:.1f} s: {summary(stages)}"
         console.print(text, style="dim", soft_wrap=True)
     return llm
 

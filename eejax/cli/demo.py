@@ -13,7 +13,8 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from eejax.core import CheckpointError, CompletionOutput, ModelConfig, PromptLike, RequestOutput, SamplingParams, begun
+from eejax.cli.terminal import begun
+from eejax.core import CheckpointError, CompletionOutput, ModelConfig, PromptLike, RequestOutput, SamplingParams
 from eejax.serve import LLM
 from eejax.text import Detokenizer
 

@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from eejax.core import CacheConfig
-from eejax.device import choose_kernels, page_bytes
+from eejax.device import choose_kernels, page_bytes, resolve_dtype
 from eejax.model import count_params, load_lazily, param_shapes
 from eejax.schedule import load_length_heads
-from eejax.serve import exit_costs, load_calibration, resolve_dtype
+from eejax.serve import exit_costs, load_calibration
 from eejax.text import load_end_tokens, load_tokenizer
 
 

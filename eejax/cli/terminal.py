@@ -1,12 +1,13 @@
-"""What the command line prints: answers, errors, a closing line. Nothing here imports jax."""
+"""Output of the command line: status, answers, errors, a closing line. Nothing here imports jax."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +22,7 @@ from eejax.core import (
     PromptLike,
     RequestOutput,
     SamplingParams,
-    Step,
-    begun,
-    describe,
+    Stage,
     heard,
 )
 
@@ -50,13 +49,59 @@ def print_error(error: EejaxError, where: str = "") -> None:
     Console(stderr=True, highlight=False).print(f"error: {text}", style="bold red", markup=False, soft_wrap=True)
 
 
+@contextmanager
+def status(idle: str) -> Iterator[list[Stage]]:
+    """A line on stderr, if that is a terminal, with the present stage of start-up, or `idle` between stages.
+
+    Yields:
+        The stages that ended; complete when the body has ended.
+    """
+    done: list[Stage] = []
+    with Console(stderr=True).status(idle) as line:
+
+        def show(stage: Stage) -> None:
+            if stage.seconds is not None:
+                done.append(stage)
+            line.update(idle if stage.seconds is not None else str(stage))
+
+        with heard(show):
+            yield done
+
+
+def begun[T](pieces: Iterator[T], prepare: Callable[[], object], stages: list[Stage]) -> Iterator[T]:
+    """The pieces of an answer, the first of which is there already.
+
+    Once there is text on a terminal, there is no room for a status line: what takes long has to come first.
+
+    Args:
+        prepare: makes ready what the later pieces need.
+        stages: the stages of this call are appended to it.
+    """
+    with status("reading the prompt") as done:
+        prepare()
+        first = next(pieces)
+    stages += done
+    return itertools.chain([first], pieces)
+
+
+def summary(stages: Sequence[Stage]) -> str:
+    """Times of the stages that ended, for instance `weights 0.6 s, programs 3.1 s (1 compiled, 2 from the cache)`."""
+    done = [stage for stage in stages if stage.seconds is not None]
+    others = [f"{stage.what} {stage.seconds:.1f} s" for stage in done if not stage.program]
+    programs = [stage for stage in done if stage.program]
+    if programs:
+        seconds, compiled = sum(stage.seconds or 0 for stage in programs), sum(stage.compiled for stage in programs)
+        others.append(f"programs {seconds:.1f} s ({compiled} compiled, {len(programs) - compiled} from the cache)")
+    return ", ".join(others)
+
+
 def answer_together(
     llm: LLM, texts: list[str], prompts: list[PromptLike], params: SamplingParams, as_json: bool
 ) -> bool:
     """Answer all prompts together and print them in order. Returns whether all could be served."""
     start = time.perf_counter()
-    steps: list[Step] = []
-    with heard(steps.append):
+    stages: list[Stage] = []
+    with heard(stages.append):
         outputs = llm.generate(prompts, params, use_tqdm=sys.stderr.isatty())
     seconds = time.perf_counter() - start
     several = len(prompts) > 1
@@ -72,7 +117,7 @@ def answer_together(
             print_error(output.error, f"prompt {number}: " if several else "")
     answers = [answer for output in outputs for answer in output.outputs]
     layers = [layer for answer in answers for layer in answer.exit_layers[1:]]
-    print_summary(llm, layers, len(answers), seconds, steps)
+    print_summary(llm, layers, len(answers), seconds, stages)
     return all(output.error is None for output in outputs)
 
 
@@ -81,7 +126,7 @@ def answer_one_by_one(
 ) -> bool:
     """Answer one prompt after the other, printing what is new. Returns whether all could be served."""
     start = time.perf_counter()
-    steps: list[Step] = []
+    stages: list[Stage] = []
     layers: list[int] = []
     served = 0
     several = len(prompts) > 1
@@ -94,7 +139,7 @@ def answer_one_by_one(
         if several and not as_json:
             print(f"--- prompt {number}")
         seen: list[int] = []
-        for delta in begun(deltas, lambda: llm.engine.runner.decode_program_for([params]), steps):
+        for delta in begun(deltas, lambda: llm.engine.runner.decode_program_for([params]), stages):
             seen += delta.exit_layers
             if as_json:
                 print(json.dumps({"prompt": text, **dataclasses.asdict(delta)}, ensure_ascii=False), flush=True)
@@ -104,7 +149,7 @@ def answer_one_by_one(
             print()
         layers += seen[1:]
         served += 1
-    print_summary(llm, layers, served, time.perf_counter() - start, steps)
+    print_summary(llm, layers, served, time.perf_counter() - start, stages)
     return served == len(prompts)
 
 
@@ -130,21 +175,21 @@ def _answer_mapping(answer: CompletionOutput) -> dict[str, Any]:
     return found
 
 
-def print_summary(llm: LLM, layers: Sequence[int], answers: int, seconds: float, steps: Sequence[Step]) -> None:
-    """Say on stderr how many tokens came, what programs took of that time, and how deep decoding went.
+def print_summary(llm: LLM, layers: Sequence[int], answers: int, seconds: float, stages: Sequence[Stage]) -> None:
+    """Print on stderr the number of tokens, the time with the share of programs, and the mean depth of decoding.
 
     Args:
         layers: exit layers of all tokens but each answer's first, which comes from prefill.
-        steps: of starting up that fell into `seconds`.
+        stages: the stages of start-up within `seconds`.
     """
     if not answers:
         return
     tokens, depth = len(layers) + answers, llm.config.model.n_layers
     text = f"{tokens} tokens in {seconds:.2f} s with prefill"
-    text += f", of it {describe(steps)}" if steps else ""
+    text += f", including {summary(stages)}" if stages else ""
     if layers:
         mean = sum(layers) / len(layers)
-        text += f"; {mean:.2f} of {depth} blocks a decoded token, {1 - mean / depth:.0%} skipped"
+        text += f"; {mean:.2f} of {depth} blocks per decoded token, {1 - mean / depth:.0%} skipped"
     Console(stderr=True, highlight=False).print(text, style="dim", soft_wrap=True)
 
 

@@ -1,4 +1,4 @@
-"""What every part of eejax shares: options, requests and answers, errors, checks, batch sizes, reports of a slow start.
+"""Shared by every part of eejax: options, requests and answers, errors, checks, batch sizes, announcements of start-up.
 
 Nothing here imports jax, and nothing here imports another package of eejax.
 """
@@ -6,20 +6,30 @@ Nothing here imports jax, and nothing here imports another package of eejax.
 from __future__ import annotations
 
 from eejax.core.buckets import Piece, batch_size, bucket_of, cut_prefill
-from eejax.core.checks import from_mapping, is_number, named_options, require, require_positive_int
-from eejax.core.config import (
+from eejax.core.checks import (
+    from_mapping,
+    help_of,
+    is_number,
+    named_options,
+    require,
+    require_choice,
+    require_integer,
+    require_positive_int,
+    require_seed,
+    with_help,
+)
+from eejax.core.config import ExitConfig, ExitHeadKind, ModelConfig, RopeScaling
+from eejax.core.engine_config import (
+    DTYPES,
     MIN_PREFILL_BUCKET,
     CacheConfig,
     Choice,
     DecodeConfig,
     EngineConfig,
-    ExitConfig,
-    ExitHeadKind,
+    EngineOptions,
     FillMode,
-    ModelConfig,
     PolicyName,
     PredictorName,
-    RopeScaling,
     SchedulerConfig,
 )
 from eejax.core.errors import (
@@ -60,12 +70,13 @@ from eejax.core.request import (
     Sequence,
     StepResult,
 )
-from eejax.core.start_up import Step, announce, begun, describe, heard, log, status
+from eejax.core.start_up import Stage, announce, announced, heard, log
 from eejax.core.xla_flags import compiler_options, set_xla_flags
 
 __all__ = [
     "CALIBRATED",
     "COUNTERS",
+    "DTYPES",
     "LEVELS",
     "LOGIT_MEASURES",
     "MAX_CONFIDENCE",
@@ -85,6 +96,7 @@ __all__ = [
     "EarlyExitParams",
     "EejaxError",
     "EngineConfig",
+    "EngineOptions",
     "ExitConfig",
     "ExitCostWarning",
     "ExitHeadKind",
@@ -108,25 +120,28 @@ __all__ = [
     "SamplingParams",
     "SchedulerConfig",
     "Sequence",
-    "Step",
+    "Stage",
     "StepResult",
     "TokenizerError",
     "announce",
+    "announced",
     "batch_size",
-    "begun",
     "bucket_of",
     "compiler_options",
     "cut_prefill",
-    "describe",
     "from_mapping",
     "heard",
+    "help_of",
     "is_number",
     "log",
     "named_options",
     "replacing_file",
     "replacing_folder",
     "require",
+    "require_choice",
+    "require_integer",
     "require_positive_int",
+    "require_seed",
     "set_xla_flags",
-    "status",
+    "with_help",
 ]

@@ -1,11 +1,11 @@
-"""What configurations and parameters are checked with. No jax here."""
+"""Checks of options and parameters, each of which raises `ConfigError` with the option's name. No jax here."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import inspect
-from typing import Any
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from eejax.core.errors import ConfigError
 
@@ -21,11 +21,34 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def require_positive_int(owner: str, **values: object) -> None:
-    """Raise `ConfigError` for any value that is not an int of at least 1."""
+def is_integer(value: object) -> bool:
+    """Whether `value` is an int and not a bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def require_integer(owner: str, low: int, high: int | None = None, **values: Any) -> None:
+    """Raise `ConfigError` for any value that is not an int of at least `low` (and at most `high`)."""
+    allowed = f"an integer of at least {low}" if high is None else f"an integer in {low}..{high}"
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{owner}.{name} must be an integer of at least 1, got {value!r}")
+        inside = is_integer(value) and low <= value and (high is None or value <= high)
+        require(inside, f"{owner}.{name} must be {allowed}, got {value!r}")
+
+
+def require_positive_int(owner: str, **values: Any) -> None:
+    """Raise `ConfigError` for any value that is not an int of at least 1."""
+    require_integer(owner, 1, **values)
+
+
+def require_seed(owner: str, seed: object) -> None:
+    """Raise `ConfigError` for a seed that does not fit into 32 bits."""
+    valid = is_integer(seed) and 0 <= seed < 2**32  # pyright: ignore[reportOperatorIssue]
+    require(valid, f"{owner}.seed must be an integer in 0..2**32-1, got {seed!r}")
+
+
+def require_choice(owner: str, kind: Any, **values: object) -> None:
+    """Raise `ConfigError` for any value that is not one of the `Literal` type `kind`."""
+    for name, value in values.items():
+        require(value in get_args(kind), f"{owner}.{name} must be one of {', '.join(get_args(kind))}, got {value!r}")
 
 
 def named_options[T](cls: type[T]) -> type[T]:
@@ -56,3 +79,16 @@ def from_mapping[T](cls: type[T], values: dict[str, Any]) -> T:
     ]
     require(not missing, f"{cls.__name__} needs {', '.join(missing)}")
     return cls(**values)
+
+
+def help_of(options: type) -> dict[str, str]:
+    """Help texts of a dataclass's fields: those that are annotated as `Annotated[type, "text"]`."""
+    hints = get_type_hints(options, include_extras=True)
+    return {name: hint.__metadata__[0] for name, hint in hints.items() if get_origin(hint) is Annotated}
+
+
+def with_help(text: str | None, options: type) -> str:
+    """A docstring, followed by a line with name, default and help for each field of a dataclass."""
+    defaults = {field.name: field.default for field in dataclasses.fields(options)}
+    lines = [f"        {name} ({defaults[name]}): {line}\n" for name, line in help_of(options).items()]
+    return f"{text}\n    Options:\n{''.join(lines)}"

@@ -1,21 +1,22 @@
-"""Frozen configuration objects, validated on construction. Nothing here imports jax."""
+"""The shape of a model with exits, validated on construction. No jax here."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
-from eejax.core.checks import from_mapping, is_number, named_options, require, require_positive_int
+from eejax.core.checks import (
+    from_mapping,
+    is_integer,
+    is_number,
+    require,
+    require_choice,
+    require_positive_int,
+)
 
 ExitHeadKind = Literal["shared", "norm", "mlp", "block"]
-PolicyName = Literal["fcfs", "length", "static"]
-Choice = Literal["auto", "always", "never"]
-FillMode = Literal["auto", "eager", "deferred"]
-PredictorName = Literal["prompt", "hidden", "perception", "constant"]
-
-MIN_PREFILL_BUCKET = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,16 +43,15 @@ class RopeScaling:
 
 @dataclass(frozen=True, slots=True)
 class ExitConfig:
-    """Where tokens may leave, and through which head.
+    """After which blocks tokens may exit, and through which head.
 
     Attributes:
-        layers: numbers of blocks after which an exit stands, ascending, each in `1..n_layers-1`.
-        head: `shared` reads the final norm and LM head (LayerSkip, arXiv 2404.16710). The others are EE-LLM's (arXiv
-            2312.04916): `norm` has a norm of its own; `mlp` also an MLP that stands beside the exit block's MLP and is
-            fed the same residual; `block` also a whole transformer layer behind the exit block, with a KV cache of its
-            own.
+        layers: numbers of the blocks that are followed by an exit, ascending, each in `1..n_layers-1`.
+        head: `shared` uses the final norm and LM head (LayerSkip, arXiv 2404.16710). The others are EE-LLM's (arXiv
+            2312.04916): `norm` has a norm of its own; `mlp` also an MLP parallel to the exit block's MLP, with the same
+            residual as input; `block` also a whole transformer layer after the exit block, with a KV cache of its own.
         tie_output: the exits share the LM head's matrix; otherwise each has its own (not for `shared`).
-        norm: a norm of the exit's own stands before the output matrix; false is EE-LLM without `--use-exit-norm`, and a
+        norm: the exit has a norm of its own before the output matrix; false is EE-LLM without `--use-exit-norm`, and a
             `norm` head is then the bare output matrix. Always true for `shared`.
         probes: each exit has a linear probe, the `classifier` measure (CALM, arXiv 2207.07061).
     """
@@ -74,8 +74,7 @@ class ExitConfig:
             all(a < b for a, b in zip(self.layers, self.layers[1:], strict=False)),
             f"ExitConfig.layers must be ascending without repeats, got {self.layers}",
         )
-        kinds = get_args(ExitHeadKind)
-        require(self.head in kinds, f"ExitConfig.head must be one of {', '.join(kinds)}, got {self.head!r}")
+        require_choice("ExitConfig", ExitHeadKind, head=self.head)
         for name in ("norm", "tie_output", "probes"):
             value = getattr(self, name)
             require(isinstance(value, bool), f"ExitConfig.{name} must be true or false, got {value!r}")
@@ -100,8 +99,8 @@ class ModelConfig:
     Attributes:
         attention_bias: W_q, W_k and W_v have biases (Qwen2); W_o never has one.
         qk_norm: RMS norms over `head_dim` of queries and keys, before the rotary embedding (Qwen3).
-        sliding_window: tokens that attention sees, its own included (Mistral, arXiv 2310.06825); all when None.
-        sliding_from: blocks below this one see everything in spite of `sliding_window` (Qwen's `max_window_layers`).
+        sliding_window: tokens that attention sees, the query's own included (Mistral, arXiv 2310.06825); None for all.
+        sliding_from: blocks before this one attend to everything despite `sliding_window` (Qwen's `max_window_layers`).
     """
 
     vocab_size: int
@@ -150,8 +149,7 @@ class ModelConfig:
         if self.sliding_window is not None:
             require_positive_int("ModelConfig", sliding_window=self.sliding_window)
         require(
-            isinstance(self.sliding_from, int)
-            and not isinstance(self.sliding_from, bool)
+            is_integer(self.sliding_from)
             and 0 <= self.sliding_from < self.n_layers
             and (self.sliding_from == 0 or self.sliding_window is not None),
             f"ModelConfig.sliding_from must lie in 0..{self.n_layers - 1}, and be 0 without a sliding_window, "
@@ -182,7 +180,7 @@ class ModelConfig:
 
     @property
     def n_cached_blocks(self) -> int:
-        """Blocks that keep K and V: the network's, then those of `block` exits in ascending order."""
+        """Blocks that keep K and V: the backbone's, then those of `block` exits in ascending order."""
         return self.n_layers + (len(self.exits.layers) if self.exits.head == "block" else 0)
 
     def window_of(self, block: int) -> int | None:
@@ -192,8 +190,8 @@ class ModelConfig:
     def with_exit_layers(self, layers: tuple[int, ...] | list[int]) -> Self:
         """The same model with other exits.
 
-        A head with parameters is trained, so only a subset can be chosen. With `shared` heads any block can be an exit;
-        if one of them has no probe, none keeps its own.
+        A head with parameters is trained for its block, so only a subset can be chosen. With `shared` heads any block
+        can be an exit; if one of them has no probe, the probes of the others are dropped.
         """
         for layer in layers:
             require_positive_int("ExitConfig", layers=layer)
@@ -220,142 +218,3 @@ class ModelConfig:
         if "exits" in values:
             values["exits"] = from_mapping(ExitConfig, values["exits"])
         return from_mapping(cls, values)
-
-
-@dataclass(frozen=True, slots=True)
-class CacheConfig:
-    """The paged KV cache: `num_pages` pages of `page_size` tokens for every block."""
-
-    num_pages: int
-    page_size: int = 64
-
-    def __post_init__(self) -> None:
-        require_positive_int("CacheConfig", num_pages=self.num_pages, page_size=self.page_size)
-
-
-@named_options
-@dataclass(frozen=True, slots=True)
-class SchedulerConfig:
-    """How requests are admitted and how long the device runs between two decisions.
-
-    Attributes:
-        max_num_seqs: slots: sequences that decode together at the most.
-        max_chunk_steps: decode steps in one device call at the most.
-        max_prefill_tokens: prompt tokens prefilled between two decode chunks, so that running rows do not stall.
-            A single longer prompt is still taken whole.
-        policy: `fcfs` (continuous batching in order of arrival), `length` (continuous batching in micro-batches of
-            similar predicted length) or `static` (a batch runs until its last answer ends; a baseline).
-        predictor: what tells the length of an answer: `prompt`, `hidden`, `perception` or `constant`; when None, the
-            best that the checkpoint has a head for.
-        window: waiting requests, in order of arrival, among which `length` chooses.
-        quantile: of the predicted length; `length` promises a request its pages up to there.
-        max_wait: how far a request can be overtaken, in its own expected lengths: nobody who comes later than
-            `max_wait` times a request's expected answer (in decode steps) is ever put before it. 0 is first come, first
-            served.
-    """
-
-    max_num_seqs: int = 32
-    max_chunk_steps: int = 16
-    max_prefill_tokens: int = 2048
-    policy: PolicyName = "fcfs"
-    predictor: PredictorName | None = None
-    window: int = 1024
-    quantile: float = 0.5
-    max_wait: float = 16.0
-
-    def __post_init__(self) -> None:
-        require_positive_int(
-            "SchedulerConfig",
-            max_num_seqs=self.max_num_seqs,
-            max_chunk_steps=self.max_chunk_steps,
-            max_prefill_tokens=self.max_prefill_tokens,
-            window=self.window,
-        )
-        policies, predictors = get_args(PolicyName), get_args(PredictorName)
-        require(
-            self.policy in policies, f"SchedulerConfig.policy must be one of {', '.join(policies)}, got {self.policy!r}"
-        )
-        require(
-            self.predictor is None or self.predictor in predictors,
-            f"SchedulerConfig.predictor must be one of {', '.join(predictors)}, or None, got {self.predictor!r}",
-        )
-        require(
-            is_number(self.quantile) and 0 < self.quantile < 1,
-            f"SchedulerConfig.quantile must be a number between 0 and 1, got {self.quantile!r}",
-        )
-        require(
-            is_number(self.max_wait) and 0 <= self.max_wait < math.inf,
-            f"SchedulerConfig.max_wait must be a number of at least 0, got {self.max_wait!r}",
-        )
-
-
-@named_options
-@dataclass(frozen=True, slots=True)
-class DecodeConfig:
-    """How a batch takes its rows' exits. Tokens are the same under every setting; only time differs.
-
-    `DecodeConfig("never", "eager", "never")` is the rule of Miao et al. (arXiv 2407.20272): all rows go on until the
-    last one is resolved.
-
-    Attributes:
-        compaction: a block computes the rows that run it, and no others. `auto` does so where there are kernels that
-            can; without them all rows are computed either way.
-        fill: when K and V are written in blocks that a token did not run: `eager`, before its step ends; `deferred`,
-            when the block next runs, or at the end of the chunk.
-        rebatching: rows that left go on to their next token, while the others are held until enough of them have
-            gathered to run the deeper blocks together (DREX, arXiv 2512.15705). `auto` does so while all slots are
-            taken, more requests wait, and the steps that were measured say that it pays.
-    """
-
-    compaction: Choice = "auto"
-    fill: FillMode = "auto"
-    rebatching: Choice = "auto"
-
-    def __post_init__(self) -> None:
-        for name, allowed in (
-            ("compaction", get_args(Choice)),
-            ("fill", get_args(FillMode)),
-            ("rebatching", get_args(Choice)),
-        ):
-            value = getattr(self, name)
-            require(value in allowed, f"DecodeConfig.{name} must be one of {', '.join(allowed)}, got {value!r}")
-
-
-@dataclass(frozen=True, slots=True)
-class EngineConfig:
-    """Everything an engine is built from besides the weights.
-
-    Attributes:
-        max_model_len: tokens of prompt and answer together at the most; never above `model.max_position`.
-        prefill_chunk: prompt tokens in one prefill call at the most, a power of two of at least 16.
-        seed: seeds requests that bring no seed of their own.
-    """
-
-    model: ModelConfig
-    cache: CacheConfig
-    scheduler: SchedulerConfig = SchedulerConfig()
-    decode: DecodeConfig = DecodeConfig()
-    max_model_len: int = 2048
-    prefill_chunk: int = 512
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        require_positive_int("EngineConfig", max_model_len=self.max_model_len, prefill_chunk=self.prefill_chunk)
-        require(
-            self.max_model_len <= self.model.max_position,
-            f"max_model_len {self.max_model_len} is above the model's {self.model.max_position} positions",
-        )
-        chunk = self.prefill_chunk
-        require(
-            chunk >= MIN_PREFILL_BUCKET and chunk & (chunk - 1) == 0,
-            f"prefill_chunk must be a power of two of at least {MIN_PREFILL_BUCKET}, got {chunk}",
-        )
-        require(
-            not isinstance(self.seed, bool) and isinstance(self.seed, int) and 0 <= self.seed < 2**32,
-            f"seed must be an integer in 0..2**32-1, got {self.seed!r}",
-        )
-
-    @property
-    def pages_per_seq(self) -> int:
-        """Width of a page table row: pages that the longest sequence takes."""
-        return -(-self.max_model_len // self.cache.page_size)

@@ -1,13 +1,22 @@
-"""What a user may ask for with one request. Nothing here imports jax."""
+"""Parameters of one request: sampling, and when its tokens may exit. No jax here."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
-from eejax.core.checks import is_number, named_options, require, require_positive_int
+from eejax.core.checks import (
+    is_integer,
+    is_number,
+    named_options,
+    require,
+    require_choice,
+    require_integer,
+    require_positive_int,
+    require_seed,
+)
 from eejax.core.config import ModelConfig
 from eejax.core.errors import InvalidRequestError
 
@@ -15,7 +24,7 @@ type Thresholds = float | list[float] | tuple[float, ...]
 Measure = Literal["softmax", "margin", "similarity", "classifier", "random"]
 
 CALIBRATED = "calibrated"
-"""A threshold that is looked up in the checkpoint: `eejax calibrate` stores it there."""
+"""Stands for the threshold that `eejax calibrate` stored in the checkpoint."""
 MEASURES: tuple[Measure, ...] = get_args(Measure)
 """All measures; on the device, a row's measure is an index into this."""
 MODEL_MEASURES: tuple[Measure, ...] = tuple(name for name in MEASURES if name != "random")
@@ -37,10 +46,10 @@ def _require_number(owner: str, name: str, value: object, low: float, high: floa
 @named_options
 @dataclass(frozen=True, slots=True)
 class DecayingThreshold:
-    """A threshold that falls along the answer (CALM, arXiv 2207.07061, eq. 5).
+    """A threshold that decreases along the answer (CALM, arXiv 2207.07061, eq. 5).
 
-    At answer token `t` of at most `N = max_tokens` tokens it is `clip(0.9 value + 0.1 exp(-tau t / N), 0, 1)`:
-    early tokens, whose mistakes spread furthest, are held to more.
+    At answer token `t` of at most `N = max_tokens` tokens it is `clip(0.9 value + 0.1 exp(-tau t / N), 0, 1)`: it is
+    higher for early tokens, since their errors affect all later ones.
     """
 
     value: Thresholds
@@ -63,25 +72,27 @@ def _checked_thresholds(name: str, value: Thresholds) -> float | tuple[float, ..
 @named_options
 @dataclass(frozen=True, slots=True)
 class EarlyExitParams:
-    """When a request's tokens may leave the network.
+    """When a request's tokens may exit before the last block.
 
     Attributes:
-        threshold: confidence at which a token leaves; one number, one per exit (ascending layers), or a
-            `DecayingThreshold`. Above 1 no token ever leaves: exactly full depth. `"calibrated"` is the threshold that
-            `eejax calibrate` certified for this measure and stored in the checkpoint. Its promise, an expected loss of
-            at most `max_risk` with the confidence asked for, is about greedy answers with the `max_tokens` of the
-            calibration to prompts like its prompts. Results do not depend on the batch, so it holds in every batch.
-        measure: of a row's confidence at an exit (CALM, arXiv 2207.07061, sec. 3.3).
-            `softmax` (top probability) and `margin` (top minus second probability), both of the untempered
-            distribution, ask the exit's head.
-            `similarity` (cosine of the hidden states behind and before the exit's block) and `classifier` (what the
-            exit's linear probe, trained by `eejax tune-exits`, says) ask none: one vocabulary projection a token.
-            `random`, a seeded uniform number per token, asks no head either (a threshold of 0.3 lets 70 % of tokens
-            leave): a baseline, and the means to replay an exit distribution on any weights.
+        threshold: confidence at which a token exits; one number, one per exit (ascending layers), or a
+            `DecayingThreshold`. Above 1 no token exits: exactly full depth. `"calibrated"` is the threshold that
+            `eejax calibrate` certified for this measure and stored in the checkpoint: with the confidence asked for,
+            the expected loss is at most `max_risk`, for greedy answers with the `max_tokens` of the calibration to
+            prompts like its prompts. Results do not depend on the batch, so this holds in every batch.
+        measure: how a row's confidence at an exit is measured (CALM, arXiv 2207.07061, sec. 3.3).
+            `softmax` (top probability) and `margin` (top minus second probability), both of the distribution before
+            temperature, need the logits of the exit's head.
+            `similarity` (cosine of the hidden states after and before the exit's block) and `classifier` (the
+            probability given by the exit's linear probe, trained by `eejax tune-exits`) need no logits: one vocabulary
+            projection per token.
+            `random`, a seeded uniform number per token, needs no logits either (with a threshold of 0.3, 70 % of
+            tokens exit): a baseline, and a way to replay a distribution of exits on any weights.
         exit_layers: use only these of the model's exits; all when None.
-        min_layers: blocks every token runs at least.
-        gate: probability, by the exit's linear probe, below which the exit's head is not asked, so that the token goes
-            on: one dot product instead of a vocabulary projection. 0 asks always. For `softmax` and `margin`.
+        min_layers: blocks that every token runs at least.
+        gate: probability, by the exit's linear probe, below which the exit's logits are not computed, so that the token
+            goes on: one dot product instead of a vocabulary projection. With 0 they always are. For `softmax` and
+            `margin`.
     """
 
     threshold: Thresholds | DecayingThreshold | Literal["calibrated"] = 0.9
@@ -95,13 +106,13 @@ class EarlyExitParams:
         if self.gate:
             require(
                 self.measure in LOGIT_MEASURES,
-                f"EarlyExitParams.gate is for measures that ask a head, {' and '.join(LOGIT_MEASURES)}, and this is "
-                f"{self.measure!r}: leave it at 0",
+                f"EarlyExitParams.gate is for measures that need logits, {' and '.join(LOGIT_MEASURES)}; with "
+                f"{self.measure!r} it must be 0",
             )
             require(
                 self.threshold != CALIBRATED,
-                f"EarlyExitParams.gate must be 0 where the threshold is {CALIBRATED!r}, got {self.gate!r}: that was "
-                "certified without a gate",
+                f"EarlyExitParams.gate must be 0 where the threshold is {CALIBRATED!r}, got {self.gate!r}: the "
+                "calibration ran without a gate",
             )
         if isinstance(self.threshold, str):
             require(
@@ -110,10 +121,7 @@ class EarlyExitParams:
             )
         elif not isinstance(self.threshold, DecayingThreshold):
             object.__setattr__(self, "threshold", _checked_thresholds("EarlyExitParams.threshold", self.threshold))
-        require(
-            self.measure in MEASURES,
-            f"EarlyExitParams.measure must be one of {', '.join(MEASURES)}, got {self.measure!r}",
-        )
+        require_choice("EarlyExitParams", Measure, measure=self.measure)
         if self.exit_layers is not None:
             require(
                 isinstance(self.exit_layers, list | tuple),
@@ -122,16 +130,13 @@ class EarlyExitParams:
             for layer in self.exit_layers:
                 require_positive_int("EarlyExitParams", exit_layers=layer)
             object.__setattr__(self, "exit_layers", tuple(sorted(set(self.exit_layers))))
-        require(
-            isinstance(self.min_layers, int) and not isinstance(self.min_layers, bool) and self.min_layers >= 0,
-            f"EarlyExitParams.min_layers must be an integer of at least 0, got {self.min_layers!r}",
-        )
+        require_integer("EarlyExitParams", 0, min_layers=self.min_layers)
 
     def thresholds_for(self, model: ModelConfig) -> tuple[float, ...]:
-        """One threshold per exit of `model`, `inf` where this request may not leave.
+        """One threshold per exit of `model`, `inf` where this request may not exit.
 
         Raises:
-            InvalidRequestError: the model lacks one of `exit_layers` or the probes that `classifier` and `gate` ask,
+            InvalidRequestError: the model lacks one of `exit_layers` or the probes that `classifier` and `gate` need,
                 `min_layers` exceeds its depth, the number of thresholds differs from the number of exits used, or the
                 threshold is "calibrated", which only a loaded model can look up (`CalibratedThresholds`).
         """
@@ -164,17 +169,17 @@ class EarlyExitParams:
 @named_options
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How one request is answered; names and meanings as in vLLM.
+    """How one request is answered; names and meanings are vLLM's.
 
     Attributes:
         n: answers to the prompt.
         temperature: 0 is greedy.
-        top_p, top_k, min_p: keep only the likeliest tokens; 1, 0 and 0 keep all. Tokens tied at the border all stay.
-        max_tokens: answer tokens at the most; None for as many as the model's length allows.
+        top_p, top_k, min_p: keep only the likeliest tokens; 1, 0 and 0 keep all. Tokens tied at the limit are all kept.
+        max_tokens: answer tokens at most; None for as many as the model's length allows.
         stop: strings that end the answer; the text ends before them.
-        stop_token_ids: tokens that end the answer, beside the end-of-sequence token; they stay in `token_ids`.
+        stop_token_ids: tokens that end the answer, besides the end-of-sequence token; they are kept in `token_ids`.
         ignore_eos: do not stop at the end-of-sequence token.
-        seed: seeds this request alone; from the engine's seed when None.
+        seed: of this request alone; derived from the engine's seed when None.
         logprobs: report the log-probability of each token and of this many likeliest ones (0 to 20).
         early_exit: None runs every token at full depth.
     """
@@ -202,7 +207,7 @@ class SamplingParams:
         )
         _require_number(me, "min_p", self.min_p, 0.0, 1.0, "a number in [0, 1]")
         require(
-            isinstance(self.top_k, int) and not isinstance(self.top_k, bool) and self.top_k >= -1,
+            is_integer(self.top_k) and self.top_k >= -1,
             f"{me}.top_k must be 0 or -1 (all) or a positive integer, got {self.top_k!r}",
         )
         object.__setattr__(self, "top_k", max(self.top_k, 0))
@@ -216,24 +221,15 @@ class SamplingParams:
         object.__setattr__(self, "stop", tuple(stop))  # a tuple from here on
         ids = self.stop_token_ids
         require(
-            isinstance(ids, list | tuple)
-            and all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids),
+            isinstance(ids, list | tuple) and all(is_integer(i) and i >= 0 for i in ids),
             f"{me}.stop_token_ids must be a list of token ids, got {ids!r}",
         )
         object.__setattr__(self, "stop_token_ids", tuple(ids))
         require(isinstance(self.ignore_eos, bool), f"{me}.ignore_eos must be a bool, got {self.ignore_eos!r}")
         if self.seed is not None:
-            require(
-                isinstance(self.seed, int) and not isinstance(self.seed, bool) and 0 <= self.seed < 2**32,
-                f"{me}.seed must be an integer in 0..2**32-1, got {self.seed!r}",
-            )
+            require_seed(me, self.seed)
         if self.logprobs is not None:
-            require(
-                isinstance(self.logprobs, int)
-                and not isinstance(self.logprobs, bool)
-                and 0 <= self.logprobs <= MAX_LOGPROBS,
-                f"{me}.logprobs must be an integer in 0..{MAX_LOGPROBS}, got {self.logprobs!r}",
-            )
+            require_integer(me, 0, MAX_LOGPROBS, logprobs=self.logprobs)
         require(
             self.early_exit is None or isinstance(self.early_exit, EarlyExitParams),
             f"{me}.early_exit must be EarlyExitParams or None, got {self.early_exit!r}",

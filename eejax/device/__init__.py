@@ -7,17 +7,27 @@ function of explicit state.
 from __future__ import annotations
 
 from eejax.device.kernels import choose_kernels
-from eejax.device.kv_cache import PagedKVCache, Slots, init_cache, page_bytes, slots_of, write
-from eejax.device.runner import Runner, default_dtype, use_compilation_cache
+from eejax.device.kv_cache import (
+    PagedKVCache,
+    Slots,
+    default_num_pages,
+    init_cache,
+    page_bytes,
+    resolve_dtype,
+    slots_of,
+    write,
+)
+from eejax.device.runner import Runner, use_compilation_cache
 
 __all__ = [
     "PagedKVCache",
     "Runner",
     "Slots",
     "choose_kernels",
-    "default_dtype",
+    "default_num_pages",
     "init_cache",
     "page_bytes",
+    "resolve_dtype",
     "slots_of",
     "use_compilation_cache",
     "write",

@@ -26,7 +26,7 @@ import flax
 import jax
 from jax.experimental.serialize_executable import deserialize_and_load, serialize
 
-from eejax.core import EngineConfig, Step, announce, compiler_options, log
+from eejax.core import EngineConfig, Stage, announce, compiler_options, log
 from pallas_kernels.native import library
 
 UNITS = {"prefill": "token", "decode": "row", "score": "token"}
@@ -184,10 +184,10 @@ class Compiled:
             path = self.files.path(kind, bucket, variant) if self.files else None
             program, compiled = None, False
             if self.files and path and path.exists():
-                announce(Step(what))
+                announce(Stage(what))
                 program = self.files.load(path)
             if program is None:
-                announce(Step(what, compiled=True))
+                announce(Stage(what, compiled=True))
                 lowered = lower()
                 program, compiled = _compile(lowered)
                 by_text = self.files.path_by_text(kind, bucket, lowered) if self.files else None
@@ -202,5 +202,5 @@ class Compiled:
             self.programs[key] = program
             _malloc_trim()(0)  # compiling leaves much behind, and loading some 15 MB
             self.compilations += compiled
-            announce(Step(what, time.perf_counter() - start, compiled=compiled))
+            announce(Stage(what, time.perf_counter() - start, compiled=compiled))
         return self.programs[key]

@@ -10,7 +10,6 @@ import functools
 from collections.abc import Sequence as Seq
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from eejax.core import (
@@ -45,11 +44,6 @@ DEFERRED_KV_BYTES = 2**20
 with 4.5 MiB (llama-125m) that is 7 % quicker, with 0.25 (the demo) 2 % slower."""
 MAX_PREFILL_ROWS = 32
 """Rows whose tokens are prefilled in one call."""
-
-
-def default_dtype() -> jnp.dtype:
-    """bfloat16 where it is fast, float32 on CPU (XLA:CPU converts bfloat16 weights anew at every step)."""
-    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
 
 
 def use_compilation_cache() -> None:

@@ -1,6 +1,6 @@
-"""From prompts to answers: `LLM` for users, `Engine` for one micro-batch at a time; checks, certified thresholds.
+"""From prompts to answers: `LLM` for users, and `Engine`, which runs one micro-batch at a time.
 
-Scheduler and runner meet here.
+The engine joins scheduler and runner. Requests are checked here, and calibrated thresholds looked up.
 """
 
 from __future__ import annotations
@@ -9,10 +9,8 @@ from eejax.serve.calibration import Calibration, MeasureCalibration, fingerprint
 from eejax.serve.engine import Engine
 from eejax.serve.exit_cost import PartSizes, asked_and_left, exit_costs
 from eejax.serve.llm import LLM, StreamDelta
-from eejax.serve.options import DTYPES, default_num_pages, resolve_dtype
 
 __all__ = [
-    "DTYPES",
     "LLM",
     "Calibration",
     "Engine",
@@ -20,10 +18,8 @@ __all__ = [
     "PartSizes",
     "StreamDelta",
     "asked_and_left",
-    "default_num_pages",
     "exit_costs",
     "fingerprint",
     "load_calibration",
-    "resolve_dtype",
     "save_calibration",
 ]

@@ -4,64 +4,47 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, Unpack
+from typing import Any, Concatenate, Self
 
 import jax
 import jax.numpy as jnp
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from eejax.core import (
-    CacheConfig,
-    Choice,
-    EngineConfig,
+    EngineOptions,
     ExitCostWarning,
-    FillMode,
     FinishReason,
     InvalidRequestError,
     ModelConfig,
-    PolicyName,
     PromptLike,
     RequestOutput,
     SamplingParams,
-    SchedulerConfig,
-    Step,
-    announce,
-    heard,
-    named_options,
+    announced,
+    with_help,
 )
-from eejax.model import leaves, load_checkpoint
-from eejax.schedule import LengthPredictor
+from eejax.device import default_num_pages, resolve_dtype
+from eejax.model import leaves, load_checkpoint, load_config
+from eejax.schedule import LengthPredictor, load_length_heads, make_predictor
 from eejax.serve.calibration import CalibratedThresholds
 from eejax.serve.engine import Engine, EngineStats
-from eejax.serve.options import (
-    Options,
-    check,
-    choose_predictor,
-    decode_config,
-    default_num_pages,
-    resolve_dtype,
-    scheduler_config,
-)
 from eejax.text import Message, Tokenizer, has_tokenizer, load_end_tokens, load_tokenizer
 
 log = logging.getLogger(__name__)
 
 STREAM_STEPS = 4
-"""Decode steps between two looks at a streamed answer: few, so that text flows; more than one, to spare the host."""
+"""Decode steps between two pieces of a streamed answer: few, so that text flows; more than one, to spare the host."""
 
 
 @dataclass(frozen=True, slots=True)
 class StreamDelta:
-    """What is new of a streamed answer: text that is safe to show, and the tokens behind it with their exit layers.
+    """A piece of a streamed answer: new text that is final, and new tokens with their exit layers.
 
-    Text lags behind tokens where a character or a possible stop string is still incomplete.
+    Text may come later than its tokens, where a character or a possible stop string is still incomplete.
     """
 
     text: str
@@ -70,72 +53,38 @@ class StreamDelta:
     finish_reason: FinishReason | None
 
 
-@named_options
+type _Constructor[**P] = Callable[Concatenate[LLM, str | os.PathLike[str], P], None]
+
+
+def _with_options[**P](_: Callable[P, EngineOptions]) -> Callable[[Callable[..., None]], _Constructor[P]]:
+    """Tell type checkers and editors that a constructor's `**options` are those of `EngineOptions`."""
+    return lambda constructor: constructor
+
+
 class LLM:
-    """A model ready to answer.
+    """A model that is ready to answer.
 
     Args:
         path: an eejax checkpoint folder, or a Hugging Face folder, which is converted while it is read. Without a
             tokenizer in it, prompts must be token ids.
-        dtype: `float32`, `bfloat16` or `float16`; by default float32 on CPU and bfloat16 elsewhere.
-        max_model_len: tokens of prompt and answer together; the model's own limit by default.
-        max_num_seqs: sequences decoded together at the most (32).
-        num_pages: pages of the KV cache; by default enough for `max_num_seqs` sequences of `max_model_len` tokens, as
-            far as memory allows (1 GiB on CPU).
-        page_size: tokens per page.
-        exit_layers: replaces the checkpoint's own exits. With `shared` heads any block can be one, else a subset.
-            Thresholds that were calibrated for the checkpoint's exits do not hold for others, and are refused.
-        seed: seeds requests that bring no seed.
-        compaction, fill, rebatching: how a batch takes its exits, `DecodeConfig` says what each may be. Tokens are the
-            same under all.
-        scheduler: a policy (`fcfs`, `length` or `static`), or a `SchedulerConfig`.
-        length_predictor: an object that tells lengths, instead of the one that the scheduler's configuration names.
+        options: see below. `scheduler` may also be a `SchedulerConfig`, and `length_predictor` is a `LengthPredictor`.
+            Thresholds that were calibrated for the checkpoint's exits are refused with other `exit_layers`.
+            `DecodeConfig` explains `compaction`, `fill` and `rebatching`; tokens are the same under all of them.
 
     Raises:
         CheckpointError, TokenizerError: the folder is not a usable checkpoint.
-        ConfigError: an option is not allowed; the message names it.
+        ConfigError: an option does not exist, or its value is not allowed; the message names it.
     """
 
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        dtype: str | None = None,
-        max_model_len: int | None = None,
-        max_num_seqs: int | None = None,
-        num_pages: int | None = None,
-        page_size: int = 64,
-        exit_layers: Seq[int] | None = None,
-        seed: int = 0,
-        scheduler: PolicyName | SchedulerConfig | None = None,
-        length_predictor: LengthPredictor | None = None,
-        compaction: Choice = "auto",
-        fill: FillMode = "auto",
-        rebatching: Choice = "auto",
-    ) -> None:
-        options = Options(
-            max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs,
-            num_pages=num_pages,
-            page_size=page_size,
-            exit_layers=exit_layers,
-            seed=seed,
-            scheduler=scheduler,
-            length_predictor=length_predictor,
-            compaction=compaction,
-            fill=fill,
-            rebatching=rebatching,
-        )
-        wanted = resolve_dtype(dtype)
-        check(options)  # before anything is loaded
-        folder = Path(path)
+    @_with_options(EngineOptions)
+    def __init__(self, path: str | os.PathLike[str], **options: Any) -> None:
+        wanted, folder = EngineOptions(**options), Path(path)
+        dtype = resolve_dtype(wanted.dtype)
         tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None
-        predictor = choose_predictor(options, folder, tokenizer)
-        start = time.perf_counter()
-        announce(Step("weights", program=False))
-        model, params = load_checkpoint(folder, dtype=wanted)
-        announce(Step("weights", time.perf_counter() - start, program=False))
-        self._build(model, params, tokenizer, load_end_tokens(folder, tokenizer), options, predictor, folder)
+        predictor = _predictor(wanted, folder, tokenizer)
+        with announced("weights"):
+            model, params = load_checkpoint(folder, dtype=dtype)
+        self._build(model, params, tokenizer, load_end_tokens(folder, tokenizer), wanted, predictor, folder)
 
     @classmethod
     def from_params(
@@ -145,20 +94,19 @@ class LLM:
         *,
         tokenizer: Tokenizer | None = None,
         eos_id: int | Collection[int] | None = None,
-        dtype: str | None = None,
-        **options: Unpack[Options],
+        **options: Any,
     ) -> Self:
-        """The same over parameters at hand (`eejax.model.init_params`), for instance random ones.
+        """An `LLM` with the given parameters (`eejax.model.init_params` gives the form), for instance random ones.
 
         Args:
             eos_id: the token that ends an answer, or several such tokens.
+            options: as for `LLM`.
         """
-        llm = cls.__new__(cls)
-        wanted = resolve_dtype(dtype)
-        check(options)
-        params = jax.tree.map(lambda leaf: jnp.asarray(leaf, wanted), params)
+        llm, wanted = cls.__new__(cls), EngineOptions(**options)
+        dtype = resolve_dtype(wanted.dtype)
+        params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
         eos_ids = () if eos_id is None else (eos_id,) if isinstance(eos_id, int) else eos_id
-        llm._build(model, params, tokenizer, eos_ids, options, choose_predictor(options, None, tokenizer))
+        llm._build(model, params, tokenizer, eos_ids, wanted, _predictor(wanted, None, tokenizer), None)
         return llm
 
     def _build(
@@ -167,39 +115,24 @@ class LLM:
         params: dict,
         tokenizer: Tokenizer | None,
         eos_ids: Collection[int],
-        options: Options,
-        predictor: LengthPredictor,
-        folder: Path | None = None,
+        options: EngineOptions,
+        predictor: LengthPredictor | None,
+        folder: Path | None,
     ) -> None:
-        exit_layers = options.get("exit_layers")
-        if exit_layers is not None:
-            model = model.with_exit_layers(tuple(exit_layers))
-            if "exits" in params:
-                owned = {name: params["exits"][name] for name in model.exit_names} if model.exits.has_params else None
-                params = {name: part for name, part in params.items() if name != "exits"}
-                params |= {} if owned is None else {"exits": owned}
-        max_model_len = options.get("max_model_len")
-        length = model.max_position if max_model_len is None else max_model_len
-        scheduler = scheduler_config(options)
-        page_size, num_pages = options.get("page_size", 64), options.get("num_pages")
-        if num_pages is None:
-            itemsize = jax.tree.leaves(params)[0].dtype.itemsize
-            num_pages = default_num_pages(model, length, scheduler.max_num_seqs, page_size, itemsize)
-        self.config = EngineConfig(
-            model=model,
-            cache=CacheConfig(num_pages=num_pages, page_size=page_size),
-            scheduler=scheduler,
-            decode=decode_config(options),
-            max_model_len=length,
-            seed=options.get("seed", 0),
-        )
+        if options.exit_layers is not None:
+            model = model.with_exit_layers(tuple(options.exit_layers))
+            params = {name: part for name, part in params.items() if name != "exits" or model.exits.has_params}
+            if model.exits.has_params:
+                params["exits"] = {name: params["exits"][name] for name in model.exit_names}
+        length, slots = options.max_model_len or model.max_position, options.scheduler_config.max_num_seqs
+        itemsize = jax.tree.leaves(params)[0].dtype.itemsize
+        affordable = default_num_pages(model, length, slots, options.page_size, itemsize)
+        self.config = options.engine_config(model, options.num_pages or affordable)
         self.tokenizer = tokenizer
         calibrated = CalibratedThresholds(folder, lambda: leaves(self.engine.runner.params))
-        start, what = time.perf_counter(), "kernels and KV cache"
-        announce(Step(what, program=False))
-        self.engine = Engine(self.config, params, tokenizer, eos_ids, predictor=predictor, calibrated=calibrated)
-        announce(Step(what, time.perf_counter() - start, program=False))
-        self._news: dict[str, RequestOutput | None] = {}  # of open streams: the latest output that was not passed on
+        with announced("kernels and KV cache"):
+            self.engine = Engine(self.config, params, tokenizer, eos_ids, predictor=predictor, calibrated=calibrated)
+        self._news: dict[str, RequestOutput | None] = {}  # for each open stream, the latest output not yet passed on
 
     def generate(
         self,
@@ -215,10 +148,11 @@ class LLM:
         Args:
             prompts: text or `{"prompt_token_ids": [...]}`, one or a list.
             sampling_params: one for all, or one per prompt; `SamplingParams()` when not given.
-            use_tqdm: show a progress bar on stderr; it also says what is being compiled.
-            priority: lower numbers go first, whatever their length; one for all, or one per prompt.
+            use_tqdm: show a progress bar on stderr; it also shows which program is being compiled.
+            priority: prompts with lower numbers are answered first, whatever their length; one for all, or one per
+                prompt.
             deadline: seconds from now, one for all or one per prompt. An answer that is unfinished then ends as it is,
-                with the finish reason `deadline`; one whose deadline is past (0 or less) is not begun.
+                with the finish reason `deadline`; with a deadline of 0 or less it is not begun.
 
         Returns:
             One `RequestOutput` per prompt. In a list, a prompt that cannot be served has its `error` set and no
@@ -231,9 +165,9 @@ class LLM:
         single = isinstance(prompts, str | dict)
         if not isinstance(prompts, str | dict | Iterable):
             raise InvalidRequestError(f"prompts must be text, {{'prompt_token_ids': [...]}} or a list, got {prompts!r}")
-        items: list[PromptLike] = [prompts] if single else list(prompts)  # pyright: ignore[reportAssignmentType]
-        texts = [prompt if isinstance(prompt, str) else None for prompt in items]
-        return self._answer(items, texts, sampling_params, priority, deadline, single, use_tqdm)
+        given: list[PromptLike] = [prompts] if single else list(prompts)  # pyright: ignore[reportAssignmentType]
+        items = [(prompt, prompt if isinstance(prompt, str) else None) for prompt in given]
+        return self._answer(items, sampling_params, priority, deadline, single, use_tqdm)
 
     def chat(
         self,
@@ -246,20 +180,20 @@ class LLM:
         add_generation_prompt: bool = True,
         chat_template_kwargs: Mapping[str, object] | None = None,
     ) -> list[RequestOutput]:
-        """Answer conversations, written as prompts by the model's own chat template.
+        """Answer conversations, which the model's chat template turns into prompts.
 
-        The template spells BOS where the model wants it; none is added.
+        The template writes BOS where the model needs it; none is added.
 
         Args:
             messages: one conversation, `[{"role": "user", "content": ...}, ...]`, or a list of conversations.
             sampling_params: one for all, or one per conversation; `SamplingParams()` when not given.
             use_tqdm: show a progress bar on stderr.
             priority, deadline: as for `generate`.
-            add_generation_prompt: end the prompt with the words that open an answer.
-            chat_template_kwargs: more for the template, `tools` and `documents` for instance.
+            add_generation_prompt: end the prompt with the text that opens an answer.
+            chat_template_kwargs: more variables for the template, for instance `tools` and `documents`.
 
         Returns:
-            One `RequestOutput` per conversation; its `prompt` is what the template wrote. In a list, a conversation
+            One `RequestOutput` per conversation; its `prompt` is the template's text. In a list, a conversation
             that the template refuses, or that cannot be served, has its `error` set, and the others are answered.
 
         Raises:
@@ -272,30 +206,28 @@ class LLM:
         if not isinstance(messages, list | tuple):
             raise InvalidRequestError(f"messages must be a conversation or a list of them, got {messages!r:.200}")
         single = bool(messages) and isinstance(messages[0], Mapping)
-        prompts: list[PromptLike | InvalidRequestError] = []
-        texts: list[str | None] = []
         talks: Seq[Seq[Message]] = [messages] if single else messages  # pyright: ignore[reportAssignmentType]
-        for talk in talks:
-            text = None
+
+        def prompt_of(talk: Seq[Message]) -> tuple[PromptLike | InvalidRequestError, str | None]:
             try:
                 text, ids = chat_prompt(self.tokenizer, talk, add_generation_prompt, chat_template_kwargs or {})
-                prompts.append({"prompt_token_ids": ids})
             except InvalidRequestError as error:
-                prompts.append(error)
-            texts.append(text)
-        return self._answer(prompts, texts, sampling_params, priority, deadline, single, use_tqdm)
+                return error, None
+            return {"prompt_token_ids": ids}, text
+
+        items = [prompt_of(talk) for talk in talks]
+        return self._answer(items, sampling_params, priority, deadline, single, use_tqdm)
 
     def _answer(
         self,
-        items: Seq[PromptLike | InvalidRequestError],
-        texts: Seq[str | None],
+        items: Seq[tuple[PromptLike | InvalidRequestError, str | None]],
         sampling_params: SamplingParams | Seq[SamplingParams] | None,
         priority: int | Seq[int],
         deadline: float | Seq[float | None] | None,
         single: bool,
         use_tqdm: bool,
     ) -> list[RequestOutput]:
-        """Answer prompts, some of which may have been refused already; `texts` is what they say, where it is known."""
+        """Answer prompts, except those that were refused already; with each comes its text, where it is known."""
         wanted = SamplingParams() if sampling_params is None else sampling_params
         if not isinstance(wanted, SamplingParams | list | tuple):
             raise InvalidRequestError(f"sampling parameters must be SamplingParams or a list of them, got {wanted!r}")
@@ -305,8 +237,8 @@ class LLM:
         outputs: dict[str, RequestOutput] = {}
         ids: list[str] = []
         try:
-            together = zip(items, texts, params, priorities, deadlines, strict=True)
-            for number, (prompt, text, one, rank, due) in enumerate(together):
+            together = zip(items, params, priorities, deadlines, strict=True)
+            for number, ((prompt, text), one, rank, due) in enumerate(together):
                 try:
                     if isinstance(prompt, InvalidRequestError):
                         raise prompt
@@ -317,19 +249,14 @@ class LLM:
                     log.warning("prompt %d is not served: %s", number, error)
                     ids.append(f"invalid-{number}")
                     outputs[ids[-1]] = RequestOutput(ids[-1], text, (), (), True, None, error)
-            with _progress(use_tqdm) as bar:
-                task = bar.add_task("answering", total=len(items), completed=len(outputs))
-
-                def show(step: Step) -> None:
-                    bar.update(task, description=str(step) if step.seconds is None else "answering")
-
+            with _progress(use_tqdm, len(items)) as show:
+                show(len(outputs))
                 mine = set(ids)
-                with heard(show):
-                    while mine - outputs.keys():
-                        for output in self._step():
-                            if output.finished and output.request_id in mine:
-                                outputs[output.request_id] = output
-                                bar.update(task, completed=len(outputs))
+                while mine - outputs.keys():
+                    for output in self._step():
+                        if output.finished and output.request_id in mine:
+                            outputs[output.request_id] = output
+                            show(len(outputs))
         finally:
             self._abort_all(request for request in ids if request not in outputs)
         if (complaint := self.engine.exit_ledger.complaint()) is not None:
@@ -337,16 +264,17 @@ class LLM:
         return [outputs[request] for request in ids]
 
     def stream(self, prompt: PromptLike, params: SamplingParams | None = None) -> Iterator[StreamDelta]:
-        """Answer one prompt piece by piece. The pieces' texts joined are the answer; closing the iterator aborts it.
+        """Answer one prompt piece by piece. The joined texts are the answer; closing the iterator aborts the request.
 
         Raises:
-            InvalidRequestError: the prompt or parameters do not fit, or `n` is not 1. Raised at the call itself.
+            InvalidRequestError: the prompt or parameters are not valid for this model, or `n` is not 1. It is raised by
+                the call itself, not by the first piece.
         """
         params = SamplingParams() if params is None else params
         if isinstance(params, SamplingParams) and params.n != 1:
             raise InvalidRequestError(f"stream answers once, got n={params.n}")
         deltas = self._deltas(self.engine.add_request(prompt, params))
-        next(deltas)  # into its `try`, so that closing it aborts the request even before the first piece
+        next(deltas)  # enter the `try`, so that closing the iterator before the first piece also aborts the request
         return deltas
 
     def _deltas(self, request: str) -> Iterator[StreamDelta]:
@@ -370,7 +298,7 @@ class LLM:
                 self._abort_all([request])
 
     def _step(self, max_steps: int | None = None) -> list[RequestOutput]:
-        """One step of the engine, whoever asks for it; what it has for open streams is kept until they look."""
+        """One step of the engine, for any caller; outputs of open streams are kept until the streams read them."""
         outputs = self.engine.step(max_steps)
         self._news.update((output.request_id, output) for output in outputs if output.request_id in self._news)
         return outputs
@@ -390,7 +318,7 @@ class LLM:
 
 
 def _per_prompt(what: str, given: Any, count: int) -> list[Any]:
-    """One of `given` for each prompt, whether it was one for all or one each."""
+    """A list with one value per prompt, from one value for all or a list of them."""
     if not isinstance(given, list | tuple):
         return [given] * count
     if len(given) != count:
@@ -398,13 +326,27 @@ def _per_prompt(what: str, given: Any, count: int) -> list[Any]:
     return list(given)
 
 
-def _progress(shown: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-        disable=not shown,
-        transient=True,
-    )
+def _predictor(options: EngineOptions, folder: Path | None, tokenizer: Tokenizer | None) -> LengthPredictor | None:
+    """The predictor that is given or named, with the length heads in `folder`; None if the scheduler needs none.
+
+    Raises:
+        ConfigError: the predictor needs length heads or a tokenizer, and the model has none.
+        CheckpointError: the length heads are not usable.
+    """
+    config = options.scheduler_config
+    if options.length_predictor is not None or (config.predictor is None and config.policy != "length"):
+        return options.length_predictor
+    heads = None if folder is None else load_length_heads(folder, load_config(folder))
+    return make_predictor(config.predictor, heads, tokenizer)
+
+
+def _progress(shown: bool, total: int) -> AbstractContextManager[Callable[[int], None]]:
+    """A function to call with the number of finished answers; with a progress bar if `shown`."""
+    if not shown:
+        return nullcontext(lambda done: None)
+    from eejax.serve.progress import progress_bar
+
+    return progress_bar(total)
+
+
+LLM.__doc__ = with_help(LLM.__doc__, EngineOptions)

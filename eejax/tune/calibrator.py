@@ -25,6 +25,7 @@ from eejax.core import (
     is_number,
     require,
     require_positive_int,
+    require_seed,
 )
 from eejax.model import leaves, load_config
 from eejax.serve import LLM, Calibration, MeasureCalibration, fingerprint, load_calibration, save_calibration
@@ -136,10 +137,7 @@ class CalibrationOptions:
         require_positive_int(me, max_tokens=self.max_tokens)
         if self.num_prompts is not None:
             require_positive_int(me, num_prompts=self.num_prompts)
-        require(
-            isinstance(self.seed, int) and not isinstance(self.seed, bool) and 0 <= self.seed < 2**32,
-            f"{me}.seed must be an integer in 0..2**32-1, got {self.seed!r}",
-        )
+        require_seed(me, self.seed)
 
     @property
     def loss_name(self) -> str:

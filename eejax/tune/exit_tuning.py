@@ -14,6 +14,7 @@ import numpy as np
 from rich.console import Console
 
 from eejax.core import ExitConfig, ExitHeadKind, ModelConfig, replacing_folder, require, require_positive_int
+from eejax.device import resolve_dtype
 from eejax.model import (
     add_exits,
     check_target,
@@ -25,7 +26,6 @@ from eejax.model import (
     rebuild,
     write_checkpoint,
 )
-from eejax.serve import resolve_dtype
 from eejax.text import Tokenizer, copy_tokenizer, load_tokenizer
 from eejax.tune.exit_tuner import Tuner, TuningOptions, import_optax
 from eejax.tune.tuning_data import hold_out, read_documents, text_bytes

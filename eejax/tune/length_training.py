@@ -26,7 +26,9 @@ from eejax.core import (
     SamplingParams,
     is_number,
     require,
+    require_choice,
     require_positive_int,
+    require_seed,
 )
 from eejax.model import load_checkpoint, load_config
 from eejax.schedule import QUESTION_TOKENS, LengthHeads, make_predictor, said_number, save_length_heads
@@ -75,14 +77,8 @@ class LengthOptions:
             is_number(self.hold_out) and 0 < self.hold_out < 1,
             f"LengthOptions.hold_out must be a number between 0 and 1, got {self.hold_out!r}",
         )
-        targets = get_args(LengthTarget)
-        require(
-            self.target in targets, f"LengthOptions.target must be one of {', '.join(targets)}, got {self.target!r}"
-        )
-        require(
-            isinstance(self.seed, int) and not isinstance(self.seed, bool) and 0 <= self.seed < 2**32,
-            f"LengthOptions.seed must be an integer in 0..2**32-1, got {self.seed!r}",
-        )
+        require_choice("LengthOptions", LengthTarget, target=self.target)
+        require_seed("LengthOptions", self.seed)
 
 
 @dataclass(frozen=True, slots=True)

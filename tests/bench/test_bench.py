@@ -26,7 +26,7 @@ from bench.cost import (
 from bench.rounds import Answer, Round, request_params, run_round
 from bench.shapes import SHAPES, shape
 from eejax import ConfigError, EarlyExitParams, InvalidRequestError
-from eejax.core.config import DecodeConfig, ExitConfig, ModelConfig
+from eejax.core import DecodeConfig, ExitConfig, ModelConfig
 from eejax.model.transformer import count_params, init_params
 
 COST = ModelCost(

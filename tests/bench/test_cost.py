@@ -22,7 +22,7 @@ from bench.cost import (
     ideal_from_roofline,
     prefill_ops,
 )
-from eejax.core.config import ExitConfig, ModelConfig
+from eejax.core import ExitConfig, ModelConfig
 from eejax.model.transformer import count_params, param_shapes
 
 # Blocks of 100 parameters, the last head 50, exits after 2 and 4 of 6 with heads of 130; windows of 5 from block 3 on.

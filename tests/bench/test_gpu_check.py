@@ -26,7 +26,7 @@ from bench.kernel_fill import MODELS
 from bench.kernels import narrow
 from bench.kernels import parser as kernels_parser
 from bench.shapes import SHAPES
-from eejax.core.config import ExitConfig
+from eejax.core import ExitConfig
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "bench" / "gpu_check.sh"

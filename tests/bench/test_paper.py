@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.paper import MicroBatches
-from eejax.core.config import SchedulerConfig
+from eejax.core import SchedulerConfig
 from eejax.core.lengths import LengthEstimate
 from eejax.schedule.page_allocator import PageAllocator
 from eejax.schedule.scheduler import Scheduler

@@ -14,7 +14,7 @@ from bench.paper import MicroBatches
 from bench.schedule_rows import figures, with_ratios
 from bench.simulator import SimulatedRequest, simulate
 from bench.step_model import DecodeCall, PrefillCall, StepModel, pages_visited
-from eejax.core.config import SchedulerConfig
+from eejax.core import SchedulerConfig
 from eejax.core.errors import ConfigError
 from eejax.core.lengths import LengthEstimate
 from eejax.schedule.page_allocator import PageAllocator, PageError

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from checkpoints import convert_hf
 from checkpoints.convert_hf import convert, reverse
-from eejax.core.config import ExitConfig
+from eejax.core import ExitConfig
 from eejax.core.errors import CheckpointError, ConfigError
 from eejax.model import weights_writer
 from eejax.model.huggingface.tensors import open_folder

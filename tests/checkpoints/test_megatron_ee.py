@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from checkpoints.convert_hf import convert
-from eejax.core.config import ExitConfig, ModelConfig
+from eejax.core import ExitConfig, ModelConfig
 from eejax.core.errors import CheckpointError, ConfigError
 from eejax.model.weights import load_checkpoint
 from tests.cases import random_params, shape_config

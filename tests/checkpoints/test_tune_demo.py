@@ -28,7 +28,7 @@ from checkpoints.demo_tuning import (
 )
 from checkpoints.train_demo import describe
 from checkpoints.tune_demo import Tuner, choose_stages, main
-from eejax.core.config import CacheConfig, EngineConfig, SchedulerConfig
+from eejax.core import CacheConfig, EngineConfig, SchedulerConfig
 from eejax.core.errors import ConfigError
 from eejax.device.runner import Runner
 from eejax.model.weights import load_checkpoint

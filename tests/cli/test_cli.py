@@ -20,9 +20,9 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from eejax import LLM, EarlyExitParams, SamplingParams
+from eejax.cli import app as cli
 from eejax.cli import demo
-from eejax.cli import main as cli
-from eejax.core.config import ExitConfig, ModelConfig
+from eejax.core import ExitConfig, ModelConfig
 from eejax.core.request import CompletionOutput
 from eejax.model.transformer import init_params
 from eejax.model.weights import WEIGHTS_DIR

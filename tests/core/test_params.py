@@ -7,8 +7,8 @@ import math
 
 import pytest
 
+from eejax.core import CacheConfig, EngineConfig, ExitConfig, ModelConfig, RopeScaling, SchedulerConfig
 from eejax.core.checks import from_mapping
-from eejax.core.config import CacheConfig, EngineConfig, ExitConfig, ModelConfig, RopeScaling, SchedulerConfig
 from eejax.core.errors import ConfigError, EejaxError, InvalidRequestError
 from eejax.core.params import DecayingThreshold, EarlyExitParams, SamplingParams
 

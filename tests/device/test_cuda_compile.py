@@ -26,7 +26,7 @@ from jax.sharding import SingleDeviceSharding
 
 import pallas_kernels
 from bench.shapes import SHAPES
-from eejax.core.config import CacheConfig, EngineConfig, ExitConfig, ModelConfig
+from eejax.core import CacheConfig, EngineConfig, ExitConfig, ModelConfig
 from eejax.core.xla_flags import compiler_options
 from eejax.device.batch_arrays import rows_of, state_of
 from eejax.device.decode import decode_chunk

@@ -10,8 +10,8 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from eejax import LLM, EarlyExitParams, SamplingParams
+from eejax.core import CacheConfig, DecodeConfig, EngineConfig, ExitConfig, ModelConfig, SchedulerConfig
 from eejax.core.buckets import cut_prefill
-from eejax.core.config import CacheConfig, DecodeConfig, EngineConfig, ExitConfig, ModelConfig, SchedulerConfig
 from eejax.core.request import CompletionOutput
 from eejax.device import runner
 from eejax.model.transformer import init_params

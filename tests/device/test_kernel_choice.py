@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from eejax.core.config import CacheConfig, EngineConfig
+from eejax.core import CacheConfig, EngineConfig
 from eejax.core.errors import ConfigError
 from eejax.device.kernels import choose_kernels
 from eejax.device.runner import Runner

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eejax.core.config import CacheConfig
+from eejax.core import CacheConfig
 from eejax.device.kv_cache import PagedKVCache, init_cache, page_bytes, slots_of, write
 from tests.cases import shape_config
 

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eejax.core import CacheConfig, DecodeConfig, EngineConfig, ExitConfig, ModelConfig, SchedulerConfig
 from eejax.core.buckets import Piece, batch_size, bucket_of, cut_prefill
-from eejax.core.config import CacheConfig, DecodeConfig, EngineConfig, ExitConfig, ModelConfig, SchedulerConfig
 from eejax.core.params import DecayingThreshold, EarlyExitParams, SamplingParams
 from eejax.core.request import MicroBatch, Request, RequestOutput, Sequence
 from eejax.device.batch_arrays import MAX_DEVICE_STOP_IDS, logprobs_of

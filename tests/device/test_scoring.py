@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from eejax.core.config import CacheConfig, EngineConfig, ExitConfig, SchedulerConfig
+from eejax.core import CacheConfig, EngineConfig, ExitConfig, SchedulerConfig
 from eejax.core.errors import InvalidRequestError
 from eejax.device.runner import Runner
 from tests.cases import CLEAR, draw_case, exit_settings, random_model, random_prompt

@@ -15,9 +15,8 @@ from rich.progress import Progress
 from rich.status import Status
 
 from eejax import LLM, SamplingParams
-from eejax.core import start_up
-from eejax.core.config import CacheConfig, EngineConfig
-from eejax.core.start_up import Step, announce, begun, describe, heard, status
+from eejax.cli.terminal import begun, status, summary
+from eejax.core import CacheConfig, EngineConfig, Stage, announce, heard
 from eejax.device import programs
 from eejax.device.programs import Compiled, ProgramFiles
 from eejax.device.runner import use_compilation_cache
@@ -40,10 +39,10 @@ def files(folder: Path, model: str = "m") -> ProgramFiles:
 
 def of(compiled: Compiled, lower: Callable[[], jax.stages.Lowered]) -> tuple[list[str], jax.stages.Compiled]:
     """What was said while a program was made ready, without the times, and the program."""
-    said: list[Step] = []
+    said: list[Stage] = []
     with heard(said.append):
         program = compiled.get("decode", 32, lower)
-    return [str(step).split(" in ")[0] for step in said], program
+    return [str(stage).split(" in ")[0] for stage in said], program
 
 
 COMPILED = ["compiling decode for 32 rows", "decode for 32 rows: compiled"]
@@ -135,12 +134,16 @@ def test_a_damaged_file_is_replaced(tmp_path: Path, caplog: pytest.LogCaptureFix
     assert of(Compiled(files(blocked)), lowering(3.5))[0] == COMPILED  # what cannot be written is used all the same
 
 
-def test_steps_are_summed_up(caplog: pytest.LogCaptureFixture) -> None:
-    steps = [Step("weights", 0.62, program=False), Step("decode for 1 row", 2.0, compiled=True), Step("prefill", 1.04)]
-    assert describe(steps) == "weights 0.6 s, programs 3.0 s (1 compiled, 1 from the cache)"
-    assert describe([Step("weights", program=False)]) == ""
+def test_stages_are_summed_up(caplog: pytest.LogCaptureFixture) -> None:
+    stages = [
+        Stage("weights", 0.62, program=False),
+        Stage("decode for 1 row", 2.0, compiled=True),
+        Stage("prefill", 1.04),
+    ]
+    assert summary(stages) == "weights 0.6 s, programs 3.0 s (1 compiled, 1 from the cache)"
+    assert summary([Stage("weights", program=False)]) == ""
     with caplog.at_level(logging.INFO, "eejax"):
-        announce(steps[1])
+        announce(stages[1])
     assert caplog.messages == ["decode for 1 row: compiled in 2.00 s"]
 
 
@@ -172,12 +175,12 @@ def tiny() -> LLM:
 def test_nothing_is_said_but_to_a_terminal(
     terminal: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(start_up, "Console", functools.partial(Console, force_terminal=terminal))
+    monkeypatch.setattr(command_line, "Console", functools.partial(Console, force_terminal=terminal))
     with status("at work") as done:
-        announce(Step("decode for 2 rows", compiled=True))
-        announce(Step("decode for 2 rows", 1.0, compiled=True))
-        announce(Step("weights", program=False))
-    assert [str(step) for step in done] == ["decode for 2 rows: compiled in 1.00 s"]
+        announce(Stage("decode for 2 rows", compiled=True))
+        announce(Stage("decode for 2 rows", 1.0, compiled=True))
+        announce(Stage("weights", program=False))
+    assert [str(stage) for stage in done] == ["decode for 2 rows: compiled in 1.00 s"]
     found = capsys.readouterr()
     assert found.out == ""
     assert ("loading weights" in found.err) == terminal
@@ -185,12 +188,12 @@ def test_nothing_is_said_but_to_a_terminal(
 
 
 def test_a_stream_compiles_before_its_first_text(shown: list[str]) -> None:
-    llm, steps = tiny(), []
+    llm, stages = tiny(), []
     stream = llm.stream(PROMPT, SamplingParams(max_tokens=5))
-    deltas = begun(stream, lambda: llm.engine.runner.decode_program(1), steps)
-    assert [step.what for step in steps] == ["decode for 1 row", "prefill for 16 tokens"]
-    assert [text.partition(" ")[2] for text in shown[::2]] == [step.what for step in steps]
-    later: list[Step] = []
+    deltas = begun(stream, lambda: llm.engine.runner.decode_program(1), stages)
+    assert [stage.what for stage in stages] == ["decode for 1 row", "prefill for 16 tokens"]
+    assert [text.partition(" ")[2] for text in shown[::2]] == [stage.what for stage in stages]
+    later: list[Stage] = []
     with heard(later.append):
         tokens = [token for delta in deltas for token in delta.token_ids]
     assert later == []

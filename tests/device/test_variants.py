@@ -7,7 +7,7 @@ from dataclasses import replace
 import jax
 import pytest
 
-from eejax.core.config import CacheConfig, DecodeConfig, EngineConfig, ExitConfig, SchedulerConfig
+from eejax.core import CacheConfig, DecodeConfig, EngineConfig, ExitConfig, SchedulerConfig
 from eejax.core.errors import ConfigError
 from eejax.core.params import EarlyExitParams, SamplingParams
 from eejax.device.decode_state import Asks

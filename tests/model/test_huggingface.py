@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from eejax.core.config import ModelConfig, RopeScaling
+from eejax.core import ModelConfig, RopeScaling
 from eejax.core.errors import CheckpointError, ConfigError
 from eejax.model import huggingface
 from eejax.model.huggingface import tensors

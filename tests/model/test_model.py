@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eejax.core.config import ExitConfig, ModelConfig, RopeScaling
+from eejax.core import ExitConfig, ModelConfig, RopeScaling
 from eejax.core.errors import ConfigError
 from eejax.model.transformer import (
     EarlyExitTransformer,

@@ -26,7 +26,7 @@ from safetensors.numpy import load_file, save_file
 
 from checkpoints.convert_hf import convert, reverse
 from eejax import LLM
-from eejax.core.config import (
+from eejax.core import (
     CacheConfig,
     DecodeConfig,
     EngineConfig,

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from eejax.core.config import ExitConfig, ModelConfig, RopeScaling
+from eejax.core import ExitConfig, ModelConfig, RopeScaling
 from eejax.core.errors import CheckpointError
 from eejax.core.replacing import replacing_folder
 from eejax.model.orbax_tree import load_tree

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eejax.core.config import SchedulerConfig
+from eejax.core import SchedulerConfig
 from eejax.core.lengths import LengthEstimate
 from eejax.schedule.length_policy import LengthPolicy
 from eejax.schedule.page_allocator import PageAllocator

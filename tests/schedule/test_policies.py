@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.paper import MicroBatches
-from eejax.core.config import SchedulerConfig
+from eejax.core import SchedulerConfig
 from eejax.core.lengths import LengthEstimate
 from eejax.core.request import Counts, MicroBatch, RowResult, StepResult
 from eejax.schedule.length_policy import LengthPolicy

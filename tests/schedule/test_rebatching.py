@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from eejax.core.config import SchedulerConfig
+from eejax.core import SchedulerConfig
 from eejax.core.params import EarlyExitParams, SamplingParams
 from eejax.core.request import MicroBatch, Request, RowResult, Sequence, StepResult
 from eejax.schedule.page_allocator import PageAllocator

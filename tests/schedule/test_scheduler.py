@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eejax.core.config import SchedulerConfig
+from eejax.core import SchedulerConfig
 from eejax.core.errors import ConfigError
 from eejax.core.params import SamplingParams
 from eejax.core.request import MicroBatch, Request, RowResult, StepResult

@@ -9,7 +9,7 @@ import pytest
 
 from bench.paper import MicroBatches
 from eejax import LLM, ConfigError, EarlyExitParams, InvalidRequestError, SamplingParams
-from eejax.core.config import SchedulerConfig
+from eejax.core import SchedulerConfig
 from eejax.core.lengths import LEVELS, LengthEstimate
 from eejax.schedule.length_predictor import ConstantPredictor, LengthPredictor
 from tests.cases import random_model

@@ -21,7 +21,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eejax.core.config import CacheConfig, DecodeConfig, EngineConfig, ModelConfig, SchedulerConfig
+from eejax.core import CacheConfig, DecodeConfig, EngineConfig, ModelConfig, SchedulerConfig
 from eejax.core.errors import ConfigError, InvalidRequestError
 from eejax.core.params import DecayingThreshold, EarlyExitParams, SamplingParams
 from eejax.core.request import CompletionOutput, RequestOutput

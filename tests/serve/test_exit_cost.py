@@ -9,7 +9,7 @@ import warnings
 import pytest
 
 from eejax import LLM, EarlyExitParams, ExitCostWarning, SamplingParams
-from eejax.core.config import ExitConfig, ModelConfig
+from eejax.core import ExitConfig, ModelConfig
 from eejax.model.transformer import count_params, param_shapes
 from eejax.serve import exit_cost
 from eejax.serve.exit_cost import MIN_TOKENS, ExitLedger, PartSizes, asked_and_left, exit_costs

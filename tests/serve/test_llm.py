@@ -24,7 +24,7 @@ from eejax import (
     TokenizerError,
 )
 from eejax.cli.app import in_chat_template
-from eejax.core.config import ExitConfig, ModelConfig
+from eejax.core import ExitConfig, ModelConfig
 from eejax.model.weights_writer import save_checkpoint
 from eejax.serve.engine import EngineStats
 from eejax.text.tokenizer_copy import copy_tokenizer

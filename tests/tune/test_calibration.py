@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eejax.core.config import CacheConfig, EngineConfig
+from eejax.core import CacheConfig, EngineConfig
 from eejax.core.errors import CheckpointError, ConfigError, InvalidRequestError
 from eejax.core.params import DecayingThreshold, EarlyExitParams, SamplingParams
 from eejax.serve.calibration import (

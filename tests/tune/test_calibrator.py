@@ -14,9 +14,8 @@ import pytest
 from typer.testing import CliRunner
 
 from eejax import LLM, ConfigError, EarlyExitParams, InvalidRequestError, SamplingParams
-from eejax.cli import main as cli
-from eejax.core.config import ExitConfig, ModelConfig
-from eejax.core.params import MODEL_MEASURES
+from eejax.cli import app as cli
+from eejax.core import MODEL_MEASURES, ExitConfig, ModelConfig
 from eejax.model.weights import load_checkpoint
 from eejax.model.weights_writer import save_checkpoint
 from eejax.serve.calibration import CALIBRATION_FILE, load_calibration, save_calibration

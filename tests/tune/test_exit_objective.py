@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eejax.core.config import ExitConfig, ModelConfig
+from eejax.core import ExitConfig, ModelConfig
 from eejax.tune.exit_objective import balanced_loss, chunk_size, head_loss, merged, observe, probe_loss, separated
 from eejax.tune.exit_tuner import confidence_report
 from eejax.tune.tuning_data import pack

@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 from eejax import LLM, EarlyExitParams, SamplingParams
 from eejax.cli.tune_exits import tune_exits as command
-from eejax.core.config import ExitConfig, ModelConfig
+from eejax.core import ExitConfig, ModelConfig
 from eejax.core.errors import ConfigError
 from eejax.model.param_tree import leaves
 from eejax.model.transformer import bind

@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 from eejax import LLM, SamplingParams
 from eejax.cli.app import app
-from eejax.core.config import ModelConfig
+from eejax.core import ModelConfig
 from eejax.core.errors import ConfigError
 from eejax.core.lengths import LEVELS
 from eejax.model.weights import load_config
