@@ -15,6 +15,7 @@ from rich.progress import Progress
 from rich.status import Status
 
 from eejax import LLM, SamplingParams
+from eejax.cli import terminal as command_line
 from eejax.cli.terminal import begun, status, summary
 from eejax.core import CacheConfig, EngineConfig, Stage, announce, heard
 from eejax.device import programs
