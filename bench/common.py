@@ -46,6 +46,19 @@ def integers(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of block numbers such as 4,8") from None
 
 
+def words(allowed: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
+    """A parser for some of `allowed`, separated by commas."""
+
+    def parse(text: str) -> tuple[str, ...]:
+        chosen = tuple(text.split(","))
+        unknown = [one for one in chosen if one not in allowed]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"{', '.join(unknown)} is not among {', '.join(allowed)}")
+        return chosen
+
+    return parse
+
+
 def at_least(low: int) -> Callable[[str], int]:
     """A parser for integers of at least `low`."""
 

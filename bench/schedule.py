@@ -17,26 +17,13 @@ import numpy as np
 from rich.console import Console
 
 from bench import machine
-from bench.common import finish, model_facts, new_parser, options_of
+from bench.common import finish, model_facts, new_parser, options_of, words
 from bench.cost import ModelCost
 from bench.drive import Answers
 from bench.plots import plot_schedule, require_matplotlib
 from bench.schedule_rows import figures, rows_table, with_ratios
 from bench.schedule_setup import MODES, REGIMES, ROWS, Bench, parsed, request_options
 from bench.step_model import DecodeCall, PrefillCall, StepModel
-
-
-def words(allowed: Sequence[str]) -> Any:
-    """A parser for some of `allowed`, separated by commas."""
-
-    def parse(text: str) -> tuple[str, ...]:
-        chosen = tuple(text.split(","))
-        unknown = [one for one in chosen if one not in allowed]
-        if unknown:
-            raise argparse.ArgumentTypeError(f"{', '.join(unknown)} is not among {', '.join(allowed)}")
-        return chosen
-
-    return parse
 
 
 def rates(text: str) -> tuple[float, ...]:

@@ -46,11 +46,11 @@ from bench.common import (
     show_table,
     table_row,
     text_prompts,
+    words,
 )
 from bench.cost import ModelCost
-from bench.exits import PROMPTS, add_gates, batch_sizes, label_of, settings_of
+from bench.exits.settings import PROMPTS, add_gates, batch_sizes, label_of, settings_of
 from bench.rounds import request_params
-from bench.schedule import words
 from bench.shapes import shape
 from bench.xla_profile import CONTROL_FLOW, SCOPES, cpu_runs, instructions, module_name, part_of, split, trace
 from eejax import LLM, EarlyExitParams, SamplingParams

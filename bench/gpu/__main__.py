@@ -37,7 +37,7 @@ class Sizes:
     """What a check runs. A dry run has the same stages at tiny shapes.
 
     Attributes:
-        smoke: models (of `bench.kernel_fill`) whose shapes every kernel is tried at.
+        smoke: models (of `bench.kernels.fill`) whose shapes every kernel is tried at.
         large, batch: the model of the decoding stages, and the rows of the second one.
         last: model and rows of the decoding stage for which time may be left.
         ahead: compile the programs of the decoding stages before they are needed.

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu.record import RESULTS, report, results
-from bench.kernels import interpreted
+from bench.kernels.command import interpreted
 from eejax import LLM, EarlyExitParams, SamplingParams
 from eejax.core import ExitConfig, ModelConfig, PromptLike
 from eejax.device import resolve_dtype

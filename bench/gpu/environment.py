@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from bench import machine
 from bench.gpu.record import report
-from bench.kernel_timing import copy_bandwidth, seconds_of
+from bench.kernels.timing import copy_bandwidth, seconds_of
 from pallas_kernels.control_flow import branch_form
 from pallas_kernels.implementation import cuda_version, device_refusal
 

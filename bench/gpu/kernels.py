@@ -13,8 +13,8 @@ import sys
 import time
 from typing import Any
 
-from bench import kernels
 from bench.gpu.record import report
+from bench.kernels import command as kernels
 
 ATTENTION = (
     ((32,), (2048,)),

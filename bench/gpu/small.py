@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from bench.gpu.record import report
-from bench.kernel_timing import seconds_of
+from bench.kernels.timing import seconds_of
 from eejax.core import compiler_options
 from pallas_kernels import control_flow
 from pallas_kernels.projection import rms_norm

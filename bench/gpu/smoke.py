@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.gpu.record import report
-from bench.kernel_fill import MODELS
-from bench.kernel_timing import TOLERANCE, relative_error
-from bench.kernels import interpreted
+from bench.kernels.command import interpreted
+from bench.kernels.fill import MODELS
+from bench.kernels.timing import TOLERANCE, relative_error
 from eejax.core import ModelConfig
 from pallas_kernels import KVProjection, kv_fill, paged_attention
 from pallas_kernels.implementation import Implementation

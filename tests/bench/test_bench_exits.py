@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench import exits, machine
+from bench import machine
 from bench.__main__ import main
 from bench.common import Ceiling
 from bench.cost import ModelCost, TokenCost, ideal_from_bytes, ideal_from_operations, ideal_from_roofline
-from bench.exit_frontier import best_settings, plot_frontier
-from bench.exit_quality import HeldOut, Quality
-from bench.exit_speed import Cell, compare, prompts_at, step_seconds
+from bench.exits import command as exits
+from bench.exits import settings
+from bench.exits.frontier import best_settings, plot_frontier
+from bench.exits.quality import HeldOut, Quality
+from bench.exits.speed import Cell, compare, prompts_at, step_seconds
 from bench.rounds import Answer, Round
 from bench.shapes import shape
 from eejax import ConfigError, EarlyExitParams, InvalidRequestError
@@ -33,15 +35,15 @@ def parsed(*flags: str):
 
 
 def test_settings_are_measures_times_thresholds() -> None:
-    found = exits.settings_of(parsed("--measures", "margin,similarity", "--thresholds", "0.9,0.2"), CONFIG)
+    found = settings.settings_of(parsed("--measures", "margin,similarity", "--thresholds", "0.9,0.2"), CONFIG)
     assert [(one.measure, one.threshold) for one in found] == [
         ("margin", 0.2), ("margin", 0.9), ("similarity", 0.2), ("similarity", 0.9),
     ]  # fmt: skip
     # What this model has, each with a grid of its own; it has no probes.
-    known = exits.settings_of(parsed(), CONFIG)
+    known = settings.settings_of(parsed(), CONFIG)
     assert {one.measure for one in known} == {"softmax", "margin", "similarity"}
-    assert [one.threshold for one in known if one.measure == "margin"] == sorted(exits.GRIDS["margin"])
-    [replay] = exits.settings_of(parsed("--replay", "0.7,0.2"), CONFIG)
+    assert [one.threshold for one in known if one.measure == "margin"] == sorted(settings.GRIDS["margin"])
+    [replay] = settings.settings_of(parsed("--replay", "0.7,0.2"), CONFIG)
     assert replay.measure == "random"
     assert replay.threshold == pytest.approx((0.3, 0.1))
 
@@ -57,7 +59,7 @@ def test_settings_are_measures_times_thresholds() -> None:
 )
 def test_settings_that_cannot_be(flags: tuple[str, ...], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        exits.settings_of(parsed(*flags), CONFIG)
+        settings.settings_of(parsed(*flags), CONFIG)
 
 
 @pytest.mark.parametrize(

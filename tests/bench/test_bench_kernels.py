@@ -11,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bench import common, kernel_attention, kernel_fill, kernels
+from bench import common
 from bench.__main__ import main
-from bench.kernel_attention import AttentionCase
-from bench.kernel_fill import FillCase
-from bench.kernel_timing import (
+from bench.kernels import attention, fill
+from bench.kernels import command as kernels
+from bench.kernels.attention import AttentionCase
+from bench.kernels.fill import FillCase
+from bench.kernels.timing import (
     COLD_BYTES,
     MAX_TURNS,
     Timing,
@@ -46,18 +48,18 @@ def test_bytes_of_fill_are_those_of_the_projections() -> None:
     assert case.weight_bytes == 2 * block
     assert replace(case, unneeded=1).weight_bytes == block
     assert case.bytes == 2 * block + 2 * 3 * (64 + 2 * 128)
-    params = kernel_fill.make_params(case, seed=0)
+    params = fill.make_params(case, seed=0)
     assert len(params["blocks"]) == 2 * 2
     assert case.model_bytes == 2 * sum(count_params(one) for one in params["blocks"].values()) - 4 * 2 * 2 * 64
 
 
 def test_shares_that_round_to_the_same_rows_are_one_case() -> None:
-    [one, eight] = kernel_attention.cases((1, 8), (256,), ((32, 8),), (0.1, 1.0, 0.5))
+    [one, eight] = attention.cases((1, 8), (256,), ((32, 8),), (0.1, 1.0, 0.5))
     assert [case.active for case in one] == [1]
     assert [case.active for case in eight] == [8, 4, 1]
-    rows = kernel_attention.active_rows(eight[1], seed=3)
+    rows = attention.active_rows(eight[1], seed=3)
     assert (rows.dtype, int(rows.sum())) == (bool, 4)
-    [group] = kernel_fill.cases(["llama-2-7b"], (1, 32))
+    [group] = fill.cases(["llama-2-7b"], (1, 32))
     assert [(case.tokens, case.unneeded) for case in group] == [(1, 0), (32, 0), (1, 10)]
 
 
@@ -71,7 +73,7 @@ def test_programs_read_more_than_a_cache_holds() -> None:
 
 def test_pages_of_a_set_are_disjoint_and_no_two_rows_share_one() -> None:
     case = AttentionCase(batch=3, context=130, heads=2, kv_heads=1, active=3, head_dim=4, page_size=64, max_sets=4)
-    data = kernel_attention.make_data(case, seed=1)
+    data = attention.make_data(case, seed=1)
     tables = np.asarray(data["tables"])
     assert tables.shape == (4, 3, 3)
     assert sorted(tables.ravel()) == list(range(36))

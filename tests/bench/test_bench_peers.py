@@ -14,23 +14,24 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from bench import machine, peer_rounds, peers
+from bench import machine
 from bench.__main__ import main
 from bench.cost import ModelCost, prefill_ops
-from bench.peer_engines import (
+from bench.peers import command as peers
+from bench.peers import rounds as peer_rounds
+from bench.peers.engines import (
     ENGINES,
     RUNNERS,
     Engine,
-    EngineFailedError,
     converted,
     install_line,
     is_installed,
     python_of,
-    run_process,
 )
-from bench.peer_models import MODELS, Least, PeerModel, Request, Workload, find_model, make_workload
-from bench.peer_rounds import Case, Entry, compare, rotated, summary
-from bench.peer_tables import fastest_peer
+from bench.peers.models import MODELS, Least, PeerModel, Request, Workload, find_model, make_workload
+from bench.peers.rounds import Case, Entry, compare, rotated, summary
+from bench.peers.tables import fastest_peer
+from bench.process import ProcessFailedError, run_process
 from eejax.core.errors import ConfigError
 from eejax.text.tokenizer import load_tokenizer
 
@@ -229,18 +230,18 @@ def test_peers_that_are_not_installed(tmp_path: Path) -> None:
 
 def test_processes_that_fail_say_why(tmp_path: Path) -> None:
     log = tmp_path / "logs" / "log"
-    with pytest.raises(EngineFailedError, match="exit code 3, no model"):
+    with pytest.raises(ProcessFailedError, match="exit code 3, no model"):
         run_process([sys.executable, "-c", "print('no model'); raise SystemExit(3)"], log, 60, {})
-    with pytest.raises(EngineFailedError, match="stopped after"):
+    with pytest.raises(ProcessFailedError, match="stopped after"):
         run_process([sys.executable, "-c", "import time; time.sleep(60)"], log, 0.05, {})
-    with pytest.raises(EngineFailedError, match="no/such"):
+    with pytest.raises(ProcessFailedError, match="no/such"):
         run_process(["no/such/python"], log, 60, {})
 
 
 PARENT = """
 import sys
 from pathlib import Path
-from bench.peer_engines import run_process
+from bench.process import run_process
 
 script = "sh -c 'echo begun; sleep 10; echo survived' > $PIPE & wait"
 run_process(["sh", "-c", script], Path("log"), 60, {"PIPE": sys.argv[1]})
@@ -281,7 +282,7 @@ def test_models_are_converted_once_and_whole(model: PeerModel, tmp_path: Path, m
     half = "import os, sys; os.mkdir(sys.argv[1]); raise SystemExit('half way')"
     broken = Engine("Broken", found, suffix=".b", convert=lambda python, source, target: (python, "-c", half, target))
     monkeypatch.setitem(ENGINES, "broken", broken)
-    with pytest.raises(EngineFailedError, match="half way"):
+    with pytest.raises(ProcessFailedError, match="half way"):
         converted("broken", python, model.folder, folder, 60)
     assert sorted(one.name for one in folder.iterdir() if one.is_dir()) == ["tiny-3.fake"]
 
@@ -333,7 +334,7 @@ def test_rows_that_failed_run_no_more(tmp_path: Path, model: PeerModel, monkeypa
     def run(name: str, *_: object) -> dict[str, Any]:
         ran.append(name)
         if name == "hf":
-            raise EngineFailedError("it broke")
+            raise ProcessFailedError("it broke")
         return one_round(1.0, [[1]])
 
     monkeypatch.setattr(peers, "run_engine", run)

@@ -22,9 +22,9 @@ from bench.gpu import decoding, demo, kernels, profile, record, table, wheels
 from bench.gpu.__main__ import BATCH_RUNS, DRY, GPU, LARGE_RUNS, Check
 from bench.gpu.smoke import FAULT
 from bench.gpu.tasks import Task, keep_log
-from bench.kernel_fill import MODELS
-from bench.kernels import narrow
-from bench.kernels import parser as kernels_parser
+from bench.kernels.command import narrow
+from bench.kernels.command import parser as kernels_parser
+from bench.kernels.fill import MODELS
 from bench.shapes import SHAPES
 from eejax.core import ExitConfig
 

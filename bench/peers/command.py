@@ -21,11 +21,10 @@ from rich.console import Console
 
 from bench import machine
 from bench.common import Ceiling, add_replay, at_least, finish, options_of, replay_params
-from bench.peer_engines import (
+from bench.peers.engines import (
     EEJAX,
     ENGINES,
     REFERENCE,
-    EngineFailedError,
     converted,
     install_line,
     is_installed,
@@ -33,10 +32,11 @@ from bench.peer_engines import (
     python_of,
     run_engine,
 )
-from bench.peer_models import MODELS, WORKLOADS, Least, find_model, make_workload
-from bench.peer_rounds import NOISY_CORES, Case, Entry, compare, rotated, summary, wait_until_idle
-from bench.peer_tables import plot, show
+from bench.peers.models import MODELS, WORKLOADS, Least, find_model, make_workload
+from bench.peers.rounds import NOISY_CORES, Case, Entry, compare, rotated, summary, wait_until_idle
+from bench.peers.tables import plot, show
 from bench.plots import require_matplotlib
+from bench.process import ProcessFailedError
 from eejax.core import ConfigError, ModelConfig
 from eejax.model import count_params, param_shapes
 
@@ -123,7 +123,7 @@ def make_cases(args: argparse.Namespace, say: Console) -> list[Case]:
             try:
                 say.print(f"  {label}: opening or converting {name}")
                 entry.model = converted(entry.engine, entry.python, model.folder, args.work / "models", PROCESS_LIMIT)
-            except EngineFailedError as error:
+            except ProcessFailedError as error:
                 entry.problem = f"conversion failed: {error}"
         for workload in workloads:
             file = args.work / f"{model.folder.name}-{workload.name}.json"
@@ -147,7 +147,7 @@ def run_rounds(cases: Sequence[Case], args: argparse.Namespace, say: Console) ->
                 where = f"round {number + 1}/{args.rounds}, {case.label}, {label}"
                 try:
                     entry.rounds.append(run_once(entry, entry.model, case, number == 0, args, say, where))
-                except EngineFailedError as error:
+                except ProcessFailedError as error:
                     entry.problem = f"round {number + 1} failed: {error}"
                     say.print(f"{where}: {error}", style="red", markup=False)
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from bench.common import median
-from bench.peer_models import PeerModel, Workload
+from bench.peers.models import PeerModel, Workload
 
 NOISY_CORES = 0.15
 """Other processes that take more of the processors than this spoil a round."""

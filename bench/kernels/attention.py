@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.kernel_timing import (
+from bench.kernels.timing import (
     MAX_SETS,
     Step,
     Timing,

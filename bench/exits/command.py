@@ -28,52 +28,26 @@ from bench.common import (
     at_least,
     dtype_of,
     finish,
-    integers,
     model_facts,
     model_parser,
     numbers,
     options_of,
     random_prompts,
-    replay_params,
     text_prompts,
+    words,
 )
 from bench.cost import ModelCost
-from bench.exit_frontier import best_settings, plot_frontier
-from bench.exit_quality import HeldOut, Quality
-from bench.exit_speed import RULES, Cell, compare, prompts_at, time_cells
-from bench.exit_tables import show
+from bench.exits.frontier import best_settings, plot_frontier
+from bench.exits.quality import HeldOut, Quality
+from bench.exits.settings import PROMPTS, add_gates, batch_sizes, label_of, settings_of
+from bench.exits.speed import RULES, Cell, compare, prompts_at, time_cells
+from bench.exits.tables import show
 from bench.plots import require_matplotlib
-from bench.schedule import words
 from bench.shapes import shape
 from eejax import LLM, EarlyExitParams
-from eejax.core import (
-    LOGIT_MEASURES,
-    MODEL_MEASURES,
-    ConfigError,
-    ExitCostWarning,
-    Measure,
-    ModelConfig,
-    PromptLike,
-)
+from eejax.core import LOGIT_MEASURES, MODEL_MEASURES, ConfigError, ExitCostWarning, ModelConfig, PromptLike
 from eejax.serve import asked_and_left, exit_costs
 from eejax.tune import read_documents, text_bytes
-
-PROMPTS = Path("bench/schedule_prompts.jsonl")
-GRIDS: dict[Measure, tuple[float, ...]] = {
-    "softmax": (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98),
-    "margin": (0.1, 0.3, 0.5, 0.7, 0.85, 0.95),
-    "similarity": (0.9, 0.93, 0.95, 0.96, 0.97, 0.98, 0.99),
-    "classifier": (0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
-}
-"""Thresholds of each measure where `--thresholds` names none."""
-
-
-def batch_sizes(text: str) -> tuple[int, ...]:
-    """`1,8` as a tuple of numbers of at least 1, in ascending order."""
-    found = integers(text)
-    if min(found) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers of at least 1 such as 1,8")
-    return tuple(sorted(set(found)))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -106,47 +80,6 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--num-iters", type=at_least(1), default=5, help="timed rounds of each cell (%(default)s)")
     found.add_argument("--plot", type=Path, metavar="FILE.png", help="draw agreement against speed-up (matplotlib)")
     return found
-
-
-def add_gates(found: argparse.ArgumentParser) -> None:
-    """The option `--gates`."""
-    found.add_argument(
-        "--gates", type=numbers, default=(0.0,), metavar="G,G", help="of softmax and margin; 0 asks every head (0)"
-    )
-
-
-def settings_of(args: argparse.Namespace, config: ModelConfig) -> list[EarlyExitParams]:
-    """What `--measures`, `--thresholds` and `--replay` ask for, most daring first, checked against the model's exits.
-
-    Raises:
-        ConfigError, InvalidRequestError: the options contradict each other, or the model.
-    """
-    if args.replay is not None:
-        if args.measures is not None or args.thresholds is not None:
-            raise ConfigError("--replay draws the exits, so --measures and --thresholds have no part in it")
-        if args.plot is not None or args.text is not None:
-            raise ConfigError(
-                "--replay knows no agreement and no bits per byte, so --plot and --text have no part in it"
-            )
-        found = [replay_params(args.replay)]
-    else:
-        measures: Sequence[Measure] = args.measures or [
-            name for name in MODEL_MEASURES if name != "classifier" or config.exits.probes
-        ]
-        found = [
-            EarlyExitParams(threshold, measure, gate=gate)
-            for measure in measures
-            for threshold in sorted(set(args.thresholds or GRIDS[measure]))
-            for gate in (args.gates if measure in LOGIT_MEASURES else (0.0,))
-        ]
-    for one in found:
-        one.thresholds_for(config)
-    return found
-
-
-def label_of(one: EarlyExitParams) -> str:
-    """How a setting is called in tables."""
-    return f"{one.measure} {one.threshold:g}" + (f", gate {one.gate:g}" if one.gate else "")
 
 
 def make_prompts(args: argparse.Namespace, llm: LLM) -> list[PromptLike]:

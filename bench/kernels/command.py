@@ -21,11 +21,12 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from bench import kernel_attention, kernel_fill, machine
+from bench import machine
 from bench.common import at_least, finish, integers, numbers, options_of
-from bench.kernel_attention import CUDNN, AttentionCase
-from bench.kernel_fill import MODELS, FillCase
-from bench.kernel_timing import Timing, copy_bandwidth, one_line
+from bench.kernels import attention, fill
+from bench.kernels.attention import CUDNN, AttentionCase
+from bench.kernels.fill import MODELS, FillCase
+from bench.kernels.timing import Timing, copy_bandwidth, one_line
 from eejax.core import require
 
 COPY_BYTES = 2 * 2**30
@@ -135,14 +136,14 @@ class Sweep:
     def _attention(self) -> None:
         names = [name for name in self._args.implementations if name != "full"]
         small = {"head_dim": 64, "max_sets": DRY_TURNS} if self._args.dry_run else {}
-        for cases in kernel_attention.cases(self._args.batch, self._args.context, self._args.heads, self._args.active):
+        for cases in attention.cases(self._args.batch, self._args.context, self._args.heads, self._args.active):
             group = [replace(case, **small) for case in cases]
             first = group[0]
             label = f"attention, batch {first.batch}, context {first.context}, heads {first.heads}/{first.kv_heads}"
             whole: dict[str, float] = {}
 
             def measure(case: AttentionCase, data: Any, whole: dict[str, float] = whole) -> dict[str, Any]:
-                found = kernel_attention.measure(case, data, names, self.bandwidth, **self._options)
+                found = attention.measure(case, data, names, self.bandwidth, **self._options)
                 return {
                     "batch": case.batch,
                     "context": case.context,
@@ -157,7 +158,7 @@ class Sweep:
                     },
                 }
 
-            self._group("attention", label, group, first.pool_bytes, kernel_attention.make_data, measure)
+            self._group("attention", label, group, first.pool_bytes, attention.make_data, measure)
 
     def _attention_figures(
         self, name: str, timing: Timing, case: AttentionCase, whole: dict[str, float]
@@ -180,7 +181,7 @@ class Sweep:
         names = [name for name in self._args.implementations if name != "torch"]
 
         def measure(case: FillCase, params: Any) -> dict[str, Any]:
-            found = kernel_fill.measure(case, params, names, self.bandwidth, **self._options)
+            found = fill.measure(case, params, names, self.bandwidth, **self._options)
             return {
                 "model": case.model,
                 "tokens": case.tokens,
@@ -194,10 +195,10 @@ class Sweep:
             }
 
         small = {"max_sets": DRY_TURNS} if self._args.dry_run else {}
-        for cases in kernel_fill.cases(self._args.models, self._args.tokens):
+        for cases in fill.cases(self._args.models, self._args.tokens):
             group = [replace(case, **small) for case in cases]
             label = f"fill, {group[0].model}"
-            self._group("fill", label, group, group[0].model_bytes, kernel_fill.make_params, measure)
+            self._group("fill", label, group, group[0].model_bytes, fill.make_params, measure)
 
     def _fill_figures(self, name: str, timing: Timing, case: FillCase) -> dict[str, float | None]:
         """Time over that of reading the needed weights at the speed of the copy; blocks in full read other ones."""

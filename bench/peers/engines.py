@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.process import run_process
 from eejax.core import ConfigError
 
-RUNNERS = Path(__file__).parent / "peer_runners"
+RUNNERS = Path(__file__).parent / "runners"
 TORCH = "torch==2.13.0"
 LLAMACPP_BUILD = "-DGGML_NATIVE=ON -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_CURL=OFF -DLLAVA_BUILD=OFF"
 
@@ -28,7 +27,7 @@ class Engine:
 
     Attributes:
         title: for people.
-        runner: the script that answers with it (`bench/peer_runners/harness.py` says how).
+        runner: the script that answers with it (`bench/peers/runners/harness.py` says how).
         modules: what its Python must be able to import.
         packages: what pip installs; `unwanted`, what pip is to remove again.
         settings: environment variables while pip installs.
@@ -138,57 +137,6 @@ def install_line(name: str, work: Path) -> str:
     return " && ".join(lines)
 
 
-class EngineFailedError(Exception):
-    """A process ended with an error; the message is the last line that it wrote."""
-
-
-def run_process(command: Sequence[str | Path], log: Path, limit: float, environment: Mapping[str, str]) -> None:
-    """Run a command to its end, all that it writes going to `log`. It ends with us, and so does what it has started.
-
-    Args:
-        limit: seconds after which it is stopped.
-
-    Raises:
-        EngineFailedError: it failed, or took too long.
-    """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with log.open("wb") as out:
-            process = subprocess.Popen(
-                [str(part) for part in command],
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **environment},
-                start_new_session=True,  # a group of its own, to be ended as one
-            )
-        with _ended_with_us(process):
-            code = process.wait(limit)
-    except OSError as error:
-        raise EngineFailedError(str(error)) from error
-    except subprocess.TimeoutExpired as error:
-        raise EngineFailedError(f"stopped after {limit:.0f} s") from error
-    if code != 0:
-        lines = log.read_text(errors="replace").strip().splitlines() or ["(it wrote nothing)"]
-        raise EngineFailedError(f"exit code {code}, {lines[-1].strip()[:300]} (see {log})")
-
-
-@contextmanager
-def _ended_with_us(process: subprocess.Popen) -> Iterator[None]:
-    """While a process is waited for: whatever ends the wait, SIGTERM too, ends the process and its group."""
-    ours = threading.current_thread() is threading.main_thread()  # others may not set handlers
-    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number)) if ours else None
-    try:
-        yield
-    except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        raise
-    finally:
-        if ours:
-            signal.signal(signal.SIGTERM, before)
-
-
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -196,7 +144,7 @@ def converted(name: str, python: Path, source: Path, target_folder: Path, limit:
     """The model as this engine opens it, converted by its own tools where that has not been done yet.
 
     Raises:
-        EngineFailedError: they failed; nothing is left of what they began.
+        ProcessFailedError: they failed; nothing is left of what they began.
     """
     engine = ENGINES[name]
     if engine.convert is None:
@@ -234,13 +182,13 @@ def run_engine(
     """Answer a workload in a fresh process. Returns what the runner's harness reports.
 
     Raises:
-        EngineFailedError: the process failed, or took too long.
+        ProcessFailedError: the process failed, or took too long.
     """
     out = work / "out.json"
     out.unlink(missing_ok=True)
     counts = {key: str(threads) for key in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     # A script's own folder is on its path, this repository is not; peers must not see ours.
-    paths = {"PYTHONPATH": str(RUNNERS.parents[1]) if name == EEJAX else ""}
+    paths = {"PYTHONPATH": str(RUNNERS.parents[2]) if name == EEJAX else ""}
     command = [python, ENGINES[name].runner, "--model", model, "--workload", workload, "--threads", str(threads)]
     command += ["--options", json.dumps(dict(options)), "--out", out]
     with _processors(threads):

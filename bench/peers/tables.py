@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.peer_engines import EEJAX
+from bench.peers.engines import EEJAX
 from bench.plots import require_matplotlib
 from eejax.core import ConfigError
 

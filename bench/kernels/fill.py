@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from bench.common import random_params
-from bench.kernel_timing import MAX_SETS, Step, Timing, compare, sets_for, turns_for
+from bench.kernels.timing import MAX_SETS, Step, Timing, compare, sets_for, turns_for
 from eejax.core import CacheConfig, ModelConfig
 from eejax.device import PagedKVCache, Slots, init_cache, slots_of, write
 from eejax.model import bind

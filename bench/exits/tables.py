@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.exit_frontier import AGREEMENT
+from bench.exits.frontier import AGREEMENT
 
 type Column = tuple[str, str, int]
 
