@@ -3,7 +3,9 @@
 The demo is opened and one request answered (greedy, fcfs, CPU, end tokens ignored) in a fresh process with an empty
 cache folder, so kernels are built and programs compiled as on a first start. `sys.monitoring` reports every function
 that starts. A module counts with all its lines when at least one of its functions ran: what a reader has to know in
-order to follow the request. Modules of which only the module body ran (imports, constants, classes) are counted apart.
+order to follow the request. Modules of which only the module body ran (imports, constants, classes), or a `__getattr__`
+that imports a public name when it is first used, are counted apart. On commit e2a8ed9 this gives 42 modules and 7,297
+lines of `eejax/`, with `pallas_kernels/` 51 and 8,463.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ TIME_LIMIT = 900.0
 def record(root: Path, model: str) -> dict[str, int]:
     """Answer the request in this process. Returns by file, relative to `root`, how many of its functions ran.
 
-    A file of which only the module body and class bodies ran has 0. Files outside of `PACKAGES` are left out.
+    A file of which only the bodies of module and classes and `__getattr__` ran has 0. Files outside of `PACKAGES` are
+    left out.
     """
     ran: dict[str, set[tuple[str, int]]] = {}
     monitoring = sys.monitoring
@@ -42,7 +45,8 @@ def record(root: Path, model: str) -> dict[str, int]:
     def started(code: CodeType, _: int) -> object:
         if code.co_filename.startswith(folders):
             functions = ran.setdefault(code.co_filename, set())
-            if code.co_flags & inspect.CO_OPTIMIZED:  # functions; the bodies of modules and classes are not
+            # Bodies of modules and classes are not optimised code.
+            if code.co_flags & inspect.CO_OPTIMIZED and code.co_qualname != "__getattr__":
                 functions.add((code.co_qualname, code.co_firstlineno))
         return monitoring.DISABLE  # the first call is all that counts
 

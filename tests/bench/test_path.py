@@ -47,7 +47,10 @@ def test_functions_count_and_bodies_do_not(tmp_path: Path) -> None:
     """`record` itself, on a package that stands in for eejax."""
     package = tmp_path / "eejax"
     package.mkdir()
-    (package / "__init__.py").write_text("from eejax.used import LLM\nfrom eejax.bare import SamplingParams\n")
+    (package / "__init__.py").write_text(
+        "def __getattr__(name):\n import eejax.used as used, eejax.bare as bare\n"
+        " return {'LLM': used, 'SamplingParams': bare}[name].__dict__[name]\n"
+    )
     (package / "used.py").write_text("class LLM:\n def __init__(self, _): pass\n def generate(self, *_, **__): pass\n")
     (package / "bare.py").write_text("class SamplingParams(dict):\n x = 1\n")
     script = tmp_path / "run.py"
