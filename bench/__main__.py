@@ -11,7 +11,7 @@ BENCHES = {
     "latency": "one batch: time to first token, time per output token, early exit against full depth",
     "exits": "measures and thresholds: exits taken, agreement with full depth, speed-up under two batch rules",
     "calibration": "thresholds certified on some prompts, their risk on others, over many random splits",
-    "claims": "what the README promises, measured anew beside its bounds",
+    "claims": "every figure that the README promises, measured and compared with its bound",
     "convert": "a Hugging Face folder to a checkpoint and back: time, peak memory, copying beside it",
     "kernels": "paged attention and KV fill-in by themselves, beside the bytes that must move",
     "path": "the modules that one default request runs, with their lines",

@@ -39,17 +39,17 @@ MODEL = "checkpoints/demo"
 PROMPTS = "bench/schedule_prompts.jsonl"
 RANDOM_PROMPT_LENGTH = 8
 HOPELESS = 3.0
-"""Measuring stops at a threshold whose mean loss is so many times the bound: no split certifies that one."""
+"""Measuring stops at the first threshold whose mean loss is this many times the bound; no split certifies that one."""
 
 
 def parser() -> argparse.ArgumentParser:
     """The benchmark's options."""
     found = model_parser("calibration", __doc__, MODEL)
     found.add_argument("--prompts", nargs="+", metavar="FILE", default=[PROMPTS], help=f"texts ({PROMPTS})")
-    found.add_argument("--num-prompts", type=at_least(2), metavar="N", help="use so many, equally many of each file")
+    found.add_argument("--num-prompts", type=at_least(2), metavar="N", help="prompts to use, equally many of each file")
     found.add_argument("--measures", nargs="+", choices=MODEL_MEASURES, metavar="NAME", help="those that the model has")
     found.add_argument("--loss", choices=sorted(LOSSES), default="agreement", help="of an answer (%(default)s)")
-    found.add_argument("--max-risk", type=float, default=0.02, help="expected loss at the most (%(default)s)")
+    found.add_argument("--max-risk", type=float, default=0.02, help="highest expected loss (%(default)s)")
     found.add_argument("--confidence", type=float, default=0.95, help="with which that holds (%(default)s)")
     found.add_argument("--grid", type=numbers, metavar="T,T", help="thresholds instead of each measure's own")
     found.add_argument("--max-tokens", type=at_least(1), default=128, help="of an answer (%(default)s)")

@@ -71,7 +71,7 @@ def at_least(low: int) -> Callable[[str], int]:
 
 
 def model_parser(name: str, what: str | None, default_model: str | None = None) -> argparse.ArgumentParser:
-    """A parser with the options of every benchmark but those that say who leaves where.
+    """A parser with the options of every benchmark, without those that set exits.
 
     Args:
         what: the benchmark's docstring, whose first line is shown.
@@ -91,7 +91,7 @@ def model_parser(name: str, what: str | None, default_model: str | None = None) 
 
 
 def new_parser(name: str, what: str | None) -> argparse.ArgumentParser:
-    """`model_parser`, and one way to leave early."""
+    """`model_parser`, and the options of one early-exit setting."""
     parser = model_parser(name, what)
     parser.add_argument("--threshold", type=numbers, metavar="T[,T]", help="confidence to leave, one or one per exit")
     parser.add_argument("--measure", choices=MODEL_MEASURES, help="confidence measure (softmax)")
@@ -178,7 +178,7 @@ def early_exit_params(args: argparse.Namespace, config: ModelConfig) -> EarlyExi
     """What `--threshold`, `--measure` and `--replay` ask for, checked against the model's exits."""
     if args.replay is not None:
         if args.threshold is not None or args.measure is not None:
-            raise ConfigError("--replay draws the exits, so --threshold and --measure have no part in it")
+            raise ConfigError("--replay draws the exits, so it cannot be used with --threshold or --measure")
         chosen = replay_params(args.replay)
     else:
         threshold = (0.9,) if args.threshold is None else args.threshold
@@ -195,7 +195,7 @@ def replay_params(shares: Sequence[float]) -> EarlyExitParams:
     """
     if not all(share >= 0 for share in shares) or sum(shares) > 1 + 1e-9:
         raise ConfigError(f"--replay must be shares of at least 0 that sum to at most 1, got {tuple(shares)}")
-    # Rounded, so that 0.7 + 0.2 + 0.1 is 1 and leaves nobody; a share of zero keeps the threshold before it.
+    # Rounded, so that after 0.7 + 0.2 + 0.1 no token is left; a share of zero keeps the threshold before it.
     cumulative = [round(sum(shares[: i + 1]), 9) for i in range(len(shares))]
     return EarlyExitParams(threshold=tuple(max(0.0, 1.0 - c) for c in cumulative), measure="random")
 

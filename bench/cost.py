@@ -214,7 +214,7 @@ class _Part:
 
     @classmethod
     def of(cls, weights: int, positions: Sequence[int], tokens: int) -> _Part:
-        """A part that `len(positions)` of `tokens` tokens need, each to read so many positions."""
+        """A part that `len(positions)` of `tokens` tokens need; each reads its number of `positions` there."""
         return cls(weights, len(positions) / tokens, sum(positions) / max(1, len(positions)))
 
 

@@ -1,7 +1,7 @@
 """Latency of one batch: `python -m bench latency --random llama-125m --replay 0.7,0.2`.
 
 The same batch is answered at full depth and with early exit, in turn, in one process; figures are medians over the
-rounds. Prefill (at full depth in both) is told apart from decoding: time to first token ends where the last request of
+rounds. Prefill (at full depth in both) and decoding are timed apart: time to first token ends where the last request of
 the batch has its first token, and decoding lasts from there to the last token, `output_len - 1` steps later.
 """
 
@@ -189,7 +189,7 @@ def _show(result: dict[str, Any]) -> None:
         table_row("MB read per step", modes, "bytes_per_step", unit=1e6, digits=1),
         table_row("bandwidth bound, ms per token", modes, "bandwidth_bound_ms"),
         table_row("share of bandwidth bound", modes, "share_of_bandwidth_bound", digits=3),
-        table_row("bandwidth over so many bytes, GB/s", modes, "own_bandwidth_gb_s", digits=1),
+        table_row("bandwidth over that many bytes, GB/s", modes, "own_bandwidth_gb_s", digits=1),
         table_row("share of the bound by that", modes, "share_of_own_bandwidth_bound", digits=3),
         table_row("arithmetic bound, ms per token", modes, "arithmetic_bound_ms"),
     ]

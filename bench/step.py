@@ -2,9 +2,9 @@
 
 Full batches are answered at full depth and with early exit in turn, each time once as usual and once under XLA's
 profiler. What the decode program ran is attributed to parts by the innermost scope (`jax.named_scope`) that an
-instruction was traced in and that is the name of a part; where none is, a custom call goes by its target, and what XLA
-made of nothing is a copy. Moments in which loops alone run, or nothing, are control flow. What a call of the engine
-takes beyond its program is the host's. A step is one token of every row, prefill left out.
+instruction was traced in and that is the name of a part; where none is, a custom call is attributed by its target, and
+what XLA added by itself is a copy. Moments in which loops alone run, or nothing, are control flow. What a call of the
+engine takes beyond its program is the host's. A step is one token of every row, prefill left out.
 
 The profiler lengthens a step by some amount for each operation, most where operations are short. So shares are those
 of the profiled step, and what the profiler adds is stated beside them.

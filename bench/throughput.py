@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
         "--prompts",
         type=Path,
         metavar="FILE",
-        help='JSONL of {"prompt": ...} instead of random tokens; answers end by themselves, --output-len at the most',
+        help='JSONL of {"prompt": ...} instead of random tokens; answers may end before --output-len tokens',
     )
     found.add_argument("--input-len", type=at_least(1), default=64, help="tokens of a random prompt (%(default)s)")
     found.add_argument("--output-len", type=at_least(2), default=128, help="answer tokens (%(default)s)")

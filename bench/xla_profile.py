@@ -23,7 +23,7 @@ BY_TARGET = {
     "eejax_write": "kv_write",
     "eejax_head": "heads",
 }
-"""Part of a custom call that stands in no scope."""
+"""Part of a custom call outside of all scopes."""
 _WRAPPED = re.compile(r"^((?:vmap|jvp|transpose)\()+(.*?)\)+$")
 """A scope inside JAX's transformations. `jit(` stands around a function's name, which is no scope."""
 
@@ -159,7 +159,7 @@ def scope_of(op_name: str) -> str:
 def part_of(one: Instruction) -> str:
     """The part that an instruction's own time belongs to.
 
-    A fusion is what its root is, or else what most of its instructions are that stand in a scope.
+    A fusion belongs to the part of its root, or else to that of most of its instructions that have a scope.
     """
     if one.opcode in CONTAINERS:
         return CONTROL_FLOW

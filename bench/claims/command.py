@@ -195,7 +195,7 @@ def main(arguments: list[str]) -> int:
     """Run the benchmark. Returns 1 if a claim fell short or could not be measured."""
     args = parser().parse_args(arguments)
     if args.write is not None and (args.quick or args.only):
-        raise ConfigError("--write needs figures of all claims, so --quick and --only have no part in it")
+        raise ConfigError("--write needs proper figures of all claims, so it cannot be used with --quick or --only")
     claims = chosen(args.only)
     before, after = around(args.write) if args.write is not None else ("", "")  # before anything is measured
     if args.from_json is not None:

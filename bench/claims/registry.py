@@ -29,7 +29,7 @@ BOUNDS = {
     "peers-b32": (">=", 1.33),
     "memory-b32": ("<=", 740.0),
 }
-"""What the figure of each claim must reach (>=) or must not exceed (<=). Ratios, but for seconds and megabytes."""
+"""What the figure of each claim must reach (>=) or must not exceed (<=). Ratios, except for seconds and megabytes."""
 
 type Figure = Callable[[Mapping[str, Any]], float | None]
 """Takes a claim's figure from a benchmark's JSON; None where the claim does not apply to this machine."""
@@ -106,7 +106,7 @@ def over_fastest_peer(case: str) -> Figure:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """One promise of the README; its bound stands in `BOUNDS`.
+    """One promise of the README; its bound is in `BOUNDS`.
 
     Attributes:
         sentence: what the figure says, as the README's table has it.

@@ -1,7 +1,7 @@
 """What early exit gives and costs, by measure and threshold: `python -m bench exits --model checkpoints/demo`.
 
 Quality: greedy answers to a file of prompts, beside those of full depth. Speed: full batches of fixed length at each
-batch size, at full depth and under two rules, by turns in one process over the same weights. `rows` is eejax's own rule
+batch size, at full depth and under two rules, in turn, in one process over the same weights. `rows` is eejax's own rule
 (unresolved rows go on by themselves, where that pays); `all` is the one of Miao et al. (arXiv 2407.20272): a step ends
 when all its rows are resolved. With `--replay` exits are drawn, and only speed is measured. The ideal of a setting with
 a gate counts every head, asked or not.
@@ -67,9 +67,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--prompts", type=Path, metavar="FILE", default=PROMPTS, help="JSONL (the project's own)")
     found.add_argument("--input-len", type=at_least(1), default=32, help="prompt tokens, with --random (%(default)s)")
     found.add_argument("--output-len", type=at_least(2), default=128, help="tokens of a timed answer (%(default)s)")
-    found.add_argument(
-        "--speed-prompts", type=at_least(1), default=8, help="requests timed, at the least (%(default)s)"
-    )
+    found.add_argument("--speed-prompts", type=at_least(1), default=8, help="fewest requests to time (%(default)s)")
     found.add_argument("--quality-prompts", type=at_least(0), default=120, help="answers to compare (%(default)s)")
     found.add_argument("--max-tokens", type=at_least(2), default=256, help="of an answer to compare (%(default)s)")
     found.add_argument(
@@ -180,7 +178,7 @@ def main(arguments: list[str]) -> None:
     longest = max(len(prompt["prompt_token_ids"]) for prompt in prompts if isinstance(prompt, dict))
     if longest + args.output_len > llm.config.max_model_len:
         raise ConfigError(
-            f"--output-len {args.output_len} behind a prompt of {longest} tokens exceeds the model's length"
+            f"--output-len {args.output_len} after a prompt of {longest} tokens exceeds the model's length"
         )
     cost = ModelCost.of(config, dtype_of(llm).itemsize)
     quality = qualities(args, llm, cost, prompts, settings)

@@ -22,7 +22,7 @@ from eejax.tune import agreement, rouge_l
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """Text that the model is to predict: token ids of documents, and the bytes that they spell but for the first."""
+    """Text for the model to predict: token ids of documents, and their bytes without those of each first token."""
 
     documents: Sequence[np.ndarray]
     text_bytes: int

@@ -36,17 +36,17 @@ def add_gates(found: argparse.ArgumentParser) -> None:
 
 
 def settings_of(args: argparse.Namespace, config: ModelConfig) -> list[EarlyExitParams]:
-    """What `--measures`, `--thresholds` and `--replay` ask for, most daring first, checked against the model's exits.
+    """The settings of `--measures`, `--thresholds` and `--replay`, lowest thresholds first, checked against the exits.
 
     Raises:
         ConfigError, InvalidRequestError: the options contradict each other, or the model.
     """
     if args.replay is not None:
         if args.measures is not None or args.thresholds is not None:
-            raise ConfigError("--replay draws the exits, so --measures and --thresholds have no part in it")
+            raise ConfigError("--replay draws the exits, so it cannot be used with --measures or --thresholds")
         if args.plot is not None or args.text is not None:
             raise ConfigError(
-                "--replay knows no agreement and no bits per byte, so --plot and --text have no part in it"
+                "--replay measures no agreement and no bits per byte, so it cannot be used with --plot or --text"
             )
         found = [replay_params(args.replay)]
     else:

@@ -1,4 +1,4 @@
-"""The speed half of `bench.exits`: the same requests at full depth and under every rule and threshold, by turns."""
+"""The speed half of `bench.exits`: the same requests at full depth and under every rule and threshold, in turn."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ run is filled in before the step ends."""
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One thing to time: a rule, when tokens may leave (None: never), and how many requests decode together."""
+    """What is timed: a rule, an early-exit setting (None: full depth), and the number of requests in a batch."""
 
     rule: str
     early_exit: EarlyExitParams | None
@@ -53,12 +53,12 @@ def time_cells(
     iterations: int,
     seed: int,
 ) -> dict[Cell, list[Run]]:
-    """`iterations` timed runs of each cell, in an order of its own in every round, after `warmup` untimed rounds.
+    """`iterations` timed runs of each cell, every round in another order, after `warmup` untimed rounds.
 
     Args:
         llms: an engine for each rule, over the same weights.
         prompts: enough for `prompts_at` of every batch size; small batches answer the first of them.
-        least: requests that a cell answers at the least.
+        least: the fewest requests that a cell answers.
         output_len: tokens of every answer, whatever they say.
     """
     rng = random.Random(seed)
@@ -77,7 +77,7 @@ def time_cells(
 
 
 def steps_of(run: Run) -> int:
-    """Decode steps that the run's answers take at the least: each batch as many as its longest answer."""
+    """The fewest decode steps that give the run's answers: in each batch, those of its longest answer."""
     return sum(max(len(answer.exit_layers) for answer in one.answers) - 1 for one in run)
 
 

@@ -23,7 +23,7 @@ MOST_BYTES = 12 * 2**20
 def report(stage: str, name: str, **found: Any) -> None:
     """Print one result as a line of JSON, and append it to the file that `RESULTS` names, if it is set."""
     line = json.dumps({"stage": stage, "name": name, **rounded(found)}, allow_nan=False)
-    with contextlib.suppress(BrokenPipeError):  # the file counts, even if nobody reads the output
+    with contextlib.suppress(BrokenPipeError):  # the file is the result, even if the output is not read
         print(line, flush=True)
     if path := os.environ.get(RESULTS):
         append(Path(path), line + "\n")

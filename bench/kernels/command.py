@@ -1,7 +1,7 @@
 """The kernels against the speed of memory: `python -m bench kernels --quick`.
 
 Paged attention and KV fill-in, each implementation in turn, beside the bytes that must move and what a large copy on
-the same device moves in that time. What an implementation cannot do is said below the table, and stops nothing.
+the same device moves in that time. Cases that an implementation does not support are listed below the table.
 `us` are an upper bound: wall time of a loop on the device. `kernel us` are a profiler's, the kernels alone.
 """
 

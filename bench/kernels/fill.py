@@ -26,7 +26,7 @@ STATES = 8
 
 
 def _blocks(hidden: int, mlp: int, layers: int, heads: int, kv_heads: int, head_dim: int, qk_norm: bool) -> ModelConfig:
-    """What is left of a model behind a third of its blocks. Its vocabulary has no part in this."""
+    """The last two thirds of a model's blocks. The vocabulary does not matter here."""
     return ModelConfig(
         vocab_size=16,
         hidden_size=hidden,
@@ -94,7 +94,7 @@ class FillCase:
 
 
 def cases(models: Sequence[str], tokens: Sequence[int]) -> Iterator[list[FillCase]]:
-    """For each model: every token needs every block; then, once, nobody needs the first half of them."""
+    """For each model: every token needs every block; then, once, no token needs the first half of them."""
     for model in models:
         half = MODELS[model].n_layers // 2
         yield [*(FillCase(model, count) for count in tokens), FillCase(model, tokens[0], unneeded=half)]
@@ -106,7 +106,7 @@ def make_params(case: FillCase, seed: int) -> dict:
 
 
 def _deep(case: FillCase) -> ModelConfig:
-    """The model that has all sets' blocks, one set behind the other."""
+    """The model that has all sets' blocks, one set after another."""
     return replace(case.config, n_layers=case.sets * case.config.n_layers)
 
 

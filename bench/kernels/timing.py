@@ -24,7 +24,7 @@ from bench.common import median
 TARGET_SECONDS = 0.01
 """One program should take about so long at the speed of memory."""
 COLD_BYTES = 256 * 2**20
-"""Calls read one set of arrays after another, of at least so many bytes together: five times the L2 of a Hopper GPU."""
+"""Fewest bytes of all sets of arrays, which calls read one after another: five times the L2 of a Hopper GPU."""
 MAX_TURNS = 256
 MAX_SETS = MAX_TURNS
 TOLERANCE = 1e-2

@@ -156,7 +156,7 @@ def run_once(
     entry: Entry, model: Path, case: Case, first: bool, args: argparse.Namespace, say: Console, where: str
 ) -> dict[str, Any]:
     """One process of a row's engine; up to three where others disturb it, of which the least disturbed one counts."""
-    # The gaps between the reference's logits are wanted once; they are computed behind the clock.
+    # The gaps between the reference's logits are wanted once; they are computed after the clock has stopped.
     options = {"gaps": True} if entry.engine == REFERENCE and first else entry.options
     found: list[dict[str, Any]] = []
     for _ in range(1 if args.no_wait else ATTEMPTS):

@@ -1,4 +1,4 @@
-"""The engines that `bench.peers` sets side by side: how each is installed, converted for, and run."""
+"""The engines that `bench.peers` compares: how each is installed, converted for, and run."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class Engine:
     """One engine.
 
     Attributes:
-        title: for people.
+        title: its full name.
         runner: the script that answers with it (`bench/peers/runners/harness.py` says how).
         modules: what its Python must be able to import.
         packages: what pip installs; `unwanted`, what pip is to remove again.
         settings: environment variables while pip installs.
         suffix: of what the model is converted to, None where the Hugging Face folder is opened as it is.
-        convert: the command for that, from its Python, the model's folder and what is to be written.
+        convert: the command for that, from its Python, the model's folder and the path to write.
     """
 
     title: str
@@ -198,7 +198,7 @@ def run_engine(
 
 @contextmanager
 def _processors(count: int) -> Iterator[None]:
-    """Processes started meanwhile run on so many of this one's processors, where the system can say so."""
+    """Processes started meanwhile run on `count` of this one's processors, where the system supports it."""
     if not hasattr(os, "sched_setaffinity"):
         yield
         return

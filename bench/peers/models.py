@@ -145,8 +145,8 @@ WORKLOADS: dict[str, Callable[[np.random.Generator], list[tuple[int, int]]]] = {
     "b8": functools.partial(_drawn, count=8),
     "b32": functools.partial(_drawn, count=32),
 }
-"""Prompt and answer lengths. b1: one request, 64 tokens in, 128 out. b8 and b32: so many requests, 16 to 128 tokens in,
-uniform, and 8 to 256 out, log-normal with a median of 50."""
+"""Prompt and answer lengths. b1: one request, 64 tokens in, 128 out. b8 and b32: 8 and 32 requests, 16 to 128 tokens
+in, uniform, and 8 to 256 out, log-normal with a median of 50."""
 
 
 def make_workload(name: str, config: ModelConfig, seed: int) -> Workload:
@@ -190,7 +190,7 @@ def _read(file: Path) -> Iterator[tuple[list[int], int]]:
 
 @dataclass(frozen=True, slots=True)
 class Least:
-    """What answering a workload takes at the least, by any engine that computes what the model says.
+    """The least that answering a workload takes, for any engine that computes what the model defines.
 
     Attributes:
         bytes_read: weights once for all prompts, once for each step of the longest answer; keys and values of each row.

@@ -1,4 +1,4 @@
-"""Engines that answer the same workload in turn, each in a fresh process on an idle machine, and what came of it."""
+"""Engines that answer the same workload in turn, each in a fresh process on an idle machine, and their figures."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from bench.common import median
 from bench.peers.models import PeerModel, Workload
 
 NOISY_CORES = 0.15
-"""Other processes that take more of the processors than this spoil a round."""
+"""A round during which other processes used more cores than this counts as noisy."""
 NEAR_TIE = 1e-3
 """Logits closer together than this may change places by rounding in another order."""
 
 
 def busy_cores(seconds: float) -> float:
-    """Processors that all processes together kept busy for so long from now on; 0 where Linux does not say."""
+    """Mean number of cores that all processes keep busy during the next `seconds`; 0 where Linux does not say."""
 
     def busy() -> float:
         with open("/proc/stat") as file:
@@ -37,7 +37,7 @@ def busy_cores(seconds: float) -> float:
 
 
 def wait_until_idle(limit: float, window: float = 1.0) -> bool:
-    """Wait until a window of that many seconds was idle, for `limit` seconds at the most. Returns whether one was."""
+    """Wait for at most `limit` seconds until a window of `window` seconds was idle. Returns whether one was."""
     start = time.monotonic()
     while busy_cores(window) > NOISY_CORES:
         if time.monotonic() - start > limit:
@@ -50,7 +50,7 @@ class Entry:
     """A row of the table: an engine under some options, and what its rounds reported.
 
     Attributes:
-        model: what it opens; None where it is not installed or could not be prepared.
+        model: what the engine opens; None where it is not installed or the model could not be converted.
         problem: why it has no rounds, or fewer than others.
         exact: whether its tokens have to be those of the reference.
     """
@@ -88,7 +88,7 @@ def summary(entry: Entry, workload: Workload, bound_seconds: float) -> dict[str,
     """Figures of one row, medians over its rounds; latencies over all requests of all rounds.
 
     Args:
-        bound_seconds: what the machine needs at the least, at full depth.
+        bound_seconds: the least time that the machine needs, at full depth.
     """
     if not entry.rounds:
         return {"engine": entry.engine, "problem": entry.problem}
@@ -126,8 +126,8 @@ def _quantiles(values: Sequence[float]) -> dict[str, float]:
 def compare(entry: Entry, reference: Entry) -> dict[str, Any]:
     """How many requests have the reference's tokens, and where the others first differ.
 
-    Each of those is told with the gap between the reference's two best logits at that place, where it is known; the
-    tokens behind it follow from another text and say nothing.
+    Each of those has the gap between the reference's two best logits at that place, where it is known; the
+    tokens after it follow from another text and say nothing.
     """
     wanted, gaps = reference.rounds[0]["tokens"], reference.rounds[0].get("gaps")
     differing = []

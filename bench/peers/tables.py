@@ -50,7 +50,7 @@ def show(result: Mapping[str, Any]) -> None:
         console.print(
             f"bound: {case['bound_seconds']:.3f} s ({case['bound_by']}); {ceiling['read_bandwidth_gb_s']:.1f} GB/s "
             f"over {ceiling['read_bandwidth_working_set_mib']:.0f} MiB, {ceiling['arithmetic_gop_s']:.0f} G operations "
-            f"a second; equal: requests with the tokens of {case['reference'] or 'nobody'}\n",
+            f"a second; equal: requests with the tokens of {case['reference'] or 'no engine'}\n",
             markup=False, soft_wrap=True,
         )  # fmt: skip
 
@@ -82,7 +82,7 @@ def _notes(row: Mapping[str, Any]) -> list[str]:
         notes.append(row["problem"])
     if row.get("noisy_rounds"):
         cores = ", ".join(f"{one:.2f}" for one in row["rounds_other_cores"])
-        notes.append(f"NOISY: other processes kept so many cores busy: {cores}")
+        notes.append(f"NOISY: cores that other processes kept busy: {cores}")
     if any(one.get("compilations_while_timed") for one in row.get("facts", ())):
         notes.append("NOISY: something was compiled while the clock ran")
     agreement = row.get("agreement")
@@ -96,7 +96,7 @@ def _notes(row: Mapping[str, Any]) -> list[str]:
 
 
 def _standing(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Where eejax stands."""
+    """eejax beside the fastest peer, and with exits beside full depth."""
     best, full = fastest_peer(rows), rows[EEJAX]
     if best is None or "output_tokens_per_s" not in full:
         return []

@@ -5,7 +5,7 @@ A runner hands `serve` a class, an engine over one model:
     Engine(model, threads, requests, options)   loads; `requests` are those that will be answered, to size caches by
     engine.versions                             names and versions of what it runs on
     engine.answer(requests)                     answers all of them, submitted at once: a list of `Answer`
-    engine.facts()                              more to report, asked for behind the clock
+    engine.facts()                              more to report, called after the timed passes
 
 A process answers everything once untimed, and then once timed, the prompts alone (one token each) and in full.
 """
@@ -52,7 +52,7 @@ def _peak_bytes() -> int:
 
 
 def _forget_peak() -> None:
-    """Let the peak begin anew, where Linux lets us."""
+    """Reset the peak, where Linux supports it."""
     try:
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")

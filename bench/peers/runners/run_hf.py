@@ -14,7 +14,7 @@ BATCH = 32
 
 
 class Clock(StoppingCriteria):
-    """Notes when each step's tokens are known, and stops nobody."""
+    """Notes when each step's tokens are known; never stops a request."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
