@@ -68,7 +68,7 @@ EXITS_125M = Measurement(
 SCHEDULE = Measurement(
     "schedule --rows static,paper,fcfs,length_hidden --regimes limited --modes full_depth --rates none "
     "--num-prompts 64 --max-tokens 256 --num-iters-warmup 0",
-    "--num-prompts 8 --max-tokens 8 --num-iters 1",
+    "--num-prompts 8 --max-tokens 48 --num-iters 1",
     240,
 )
 START = Measurement("start", "--num-iters 1", 150)
