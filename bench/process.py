@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -13,6 +15,14 @@ from pathlib import Path
 
 GRACE = 5.0
 """Seconds from SIGTERM to SIGKILL, in which a process can end what it started in other groups."""
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A temporary folder, which is kept, with the logs in it, when an exception ends the context."""
+    folder = Path(tempfile.mkdtemp(prefix="eejax-bench-"))
+    yield folder
+    shutil.rmtree(folder)
 
 
 class ProcessFailedError(Exception):

@@ -10,10 +10,11 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from bench.process import run_process, scratch_folder
 
 # Nothing of eejax or jax is imported here: importing them is part of what the fresh processes are timed at.
 PROMPT = "What does `git stash` do?"
@@ -35,8 +36,6 @@ def first_token(model: str) -> float:
 
 def run_once(model: str, folder: Path) -> float:
     """Seconds of one fresh process, from its start to its first token, with `folder/cache` as its cache."""
-    from bench.process import run_process
-
     out, root = folder / "out.json", Path(__file__).resolve().parents[1]
     settings = {"PYTHONPATH": str(root), "EEJAX_CACHE_DIR": str(folder / "cache")}
     start = time.monotonic()  # one clock for all processes of the machine
@@ -49,9 +48,9 @@ def measure(model: str, rounds: int) -> dict[str, list[float]]:
     """Seconds to the first token of each round, with an empty cache folder and with a full one."""
     found: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for _ in range(rounds):
-        with tempfile.TemporaryDirectory() as folder:
+        with scratch_folder() as folder:
             for kind in KINDS:
-                found[kind].append(run_once(model, Path(folder)))
+                found[kind].append(run_once(model, folder))
     return found
 
 

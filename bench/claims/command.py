@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from rich.table import Table
 from bench import machine
 from bench.claims.registry import BOUNDS, CLAIMS, Claim, Measurement
 from bench.common import finish, options_of
-from bench.process import ProcessFailedError, run_process
+from bench.process import ProcessFailedError, run_process, scratch_folder
 from eejax.core import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,10 +68,10 @@ def run(measurement: Measurement, quick: bool) -> dict[str, Any]:
     Raises:
         ProcessFailedError: it failed or took too long.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder, "out.json")
+    with scratch_folder() as folder:
+        out = folder / "out.json"
         command = [sys.executable, "-m", "bench", *measurement.arguments(quick), "--output-json", out]
-        run_process(command, Path(folder, "log"), measurement.limit, {"PYTHONPATH": str(ROOT)})
+        run_process(command, folder / "log", measurement.limit, {"PYTHONPATH": str(ROOT)})
         return json.loads(out.read_text())
 
 
@@ -140,8 +139,8 @@ def markdown(findings: Sequence[Finding], origin: Mapping[str, Any]) -> str:
         lines.append(f"| {one.claim.sentence} | {figure} | {one.claim.show_bound()} |")
     commit = (origin["git_commit"] or "unknown")[:7]
     source = f"`python -m bench claims`, {origin['date'][:10]}, commit {commit}, jax {origin['jax']}, float32"
-    lines += ["", f"{source}, {origin['cpus']} cores of {origin['cpu_model']}. Skipped: no other engine is installed."]
-    return "\n".join(lines)
+    skipped = " Skipped: no other engine was installed." * any(one.state == "skipped" for one in findings)
+    return "\n".join((*lines, "", f"{source}, {origin['cpu_model']}, processors used: {origin['cpus']}.{skipped}"))
 
 
 def around(file: Path) -> tuple[str, str]:
@@ -172,9 +171,9 @@ def show(findings: Sequence[Finding]) -> None:
         figure = "" if one.figure is None else claim.show(one.figure)
         table.add_row(claim.name, claim.sentence.replace("`", ""), figure, claim.show_bound(), one.state)
     console.print(table)
-    for one in findings:
-        if one.state == "failed":
-            console.print(f"{one.claim.name} was not measured: {one.problem}", markup=False, soft_wrap=True)
+    for problem in dict.fromkeys(one.problem for one in findings if one.problem):
+        names = ", ".join(one.claim.name for one in findings if one.problem == problem)
+        console.print(f"not measured: {names}: {problem}", markup=False, soft_wrap=True)
     short = [one.claim.name for one in findings if one.state == "short"]
     console.print(f"fell short: {', '.join(short)}" if short else "no figure fell short", markup=False, soft_wrap=True)
 

@@ -74,7 +74,7 @@ SCHEDULE = Measurement(
 START = Measurement("start", "--num-iters 1", 150)
 PEERS = Measurement(
     "peers --model S --workload b1,b32 --peer openvino,ort,llamacpp --rounds 5 --no-wait",
-    "--rounds 1 --workload b32",
+    "--rounds 1",
     260,
 )
 
