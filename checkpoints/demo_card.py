@@ -80,15 +80,16 @@ def _tuning(metrics: dict, points: list[str]) -> str:
     cores = f", {t['cores']} cores" if t["cores"] else ""
     return f"""## Tuning
 
-All weights were then tuned with `checkpoints/tune_demo.py` so that early exit pays. Tokens left early in the training's
-own forward pass, which teaches the blocks above to read K and V of frozen states; and half of the batches were the
-model's own greedy answers to {t["answers"]:,} prompts of the train splits, where exits learnt the choice of full depth.
+All weights were then tuned with `checkpoints/tune_demo.py` so that early exit pays. Tokens exited early in the
+training's own forward pass, which teaches the blocks above to read K and V of frozen states; and half of the batches
+were the model's own greedy answers to {t["answers"]:,} prompts of the train splits, from which the exits learnt what
+full depth chooses.
 
 {_table(["stage", "steps", "tokens", "minutes", "peak rate", "exit weights", "share kept"], stages)}
 
-{t["dtype"]} products, on {t["device"]}{cores}. "Share kept": a stage ends with a mean of weights, of what was learnt
-and, for the rest, the model before tuning. What it changed: bits per byte of the last block, and how often an exit's
-most likely token is that of the last block, on the {metrics["split"]} split{own}.
+{t["dtype"]} products, on {t["device"]}{cores}. "Share kept": a stage ends with a weighted mean of the weights
+that it learnt (this share) and those before tuning (the rest). What tuning changed: bits per byte of the last
+block, and how often an exit's most likely token is that of the last block, on the {metrics["split"]} split{own}.
 
 {_table(["set", f"exit {points[-1]}, bits per byte", *(f"exit {p}, agreement" for p in points[:-1])], effect)}
 
@@ -126,7 +127,7 @@ def card(folder: Path, metrics: dict) -> str:
     unfinished = "" if metrics["finished"] else "\n**Training was not finished when this copy was written.**\n"
     return f"""# eejax demo model
 {unfinished}
-A language model of {metrics["parameters"] / 1e6:.1f} million parameters whose tokens may leave it
+A language model of {metrics["parameters"] / 1e6:.1f} million parameters whose tokens may exit
 after blocks {", ".join(early)} of {m["n_layers"]}. It exists to show and to test early exit in eejax with real, trained
 exits. It was trained from scratch with {origin} and knows very little.
 
@@ -158,11 +159,11 @@ Training used the train splits only. Attribution:
 {t["tokens"]:,} tokens in {t["steps"]:,} steps of {t["rows"]} rows of {t["length"]} tokens, {t["minutes"]:g} minutes on
 {t["device"]}{cores}, {t["tokens_per_second"]:,} tokens/s; {t["dtype"]} products, float32 parameters. The run stopped in
 round {t["rounds"] + 1}; a round is all instruct examples and {t["lm_share"]:.0%} of the plain-text messages. Muon for
-the matrices of the blocks, AdamW for the rest; linear warm-up, then a straight line to zero.
+the matrices of the blocks, AdamW for the rest; linear warm-up, then a linear decay to zero.
 
-Joint loss over the exits, weighted {weights}. The target of an early exit is partly the next token and partly, by
-{t["distill"]:.0%}, the last exit's distribution, which raises agreement with full depth. Tokens of questions count
-{t["prompt_weight"]:g}, tokens of answers and of plain text 1.
+Joint loss over the exits, weighted {weights}. The target of an early exit is partly the next token
+and partly, by a weight of {t["distill"]:.0%}, the last exit's distribution, which raises agreement with full depth.
+Tokens of questions count {t["prompt_weight"]:g}, tokens of answers and of plain text 1.
 
 {_tuning(metrics, points)}{_lengths(folder, ModelConfig.from_dict(m))}## Quality at each exit
 
