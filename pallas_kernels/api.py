@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import reference
-from pallas_kernels.implementation import Implementation, Refusals, resolve
+from pallas_kernels.implementation import Implementation, Refusals, Shaped, resolve
 from pallas_kernels.native import ops as native
 from pallas_kernels.projection import KVProjection
 
@@ -69,7 +69,7 @@ def paged_attention(
     return reference.paged_attention(q, k_pages, v_pages, page_table, lengths, **options)
 
 
-def paged_attention_refusals(q: Float[Array, "B H C"], k_pages: Float[Array, "L P K S C"]) -> Refusals:
+def paged_attention_refusals(q: Float[Shaped, "B H C"], k_pages: Float[Shaped, "L P K S C"]) -> Refusals:
     """Why kernels do not take a call of `paged_attention`. Shapes and dtypes are enough."""
 
     def by_mosaic() -> str | None:
@@ -166,7 +166,7 @@ def kv_fill(
 
 
 def kv_fill_refusals(
-    x: Float[Array, "D N"], blocks: Sequence[KVProjection], k_pages: Float[Array, "L P K S C"]
+    x: Float[Shaped, "D N"], blocks: Sequence[KVProjection], k_pages: Float[Shaped, "L P K S C"]
 ) -> Refusals:
     """Why kernels do not take a call of `kv_fill`. Shapes and dtypes are enough.
 

@@ -9,11 +9,15 @@ from functools import cache
 from typing import Literal, get_args
 
 import jax
+from jaxtyping import Array
 
 type Implementation = Literal["auto", "mosaic", "native", "xla"]
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation.__value__)
 VARIABLE = "EEJAX_KERNELS"
 """Environment variable that decides where the caller leaves it at `auto`; read when a program is traced."""
+
+Shaped = Array | jax.ShapeDtypeStruct
+"""What shape and dtype are asked of, and nothing else."""
 
 type Refusals = Mapping[str, Callable[[], str | None]]
 """For each implementation but `xla` that an operation has: says why it does not take the arguments; None if it does."""

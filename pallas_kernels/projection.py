@@ -27,15 +27,15 @@ class KVProjection:
 
     Attributes:
         norm: weight of the RMS norm before attention.
-        wkv: the K heads' rows, then the V heads', head by head.
+        wkv: the K heads' rows, then the V heads', head by head: `KV = 2 K C` of them.
         bkv: bias, in the same order; None where the model has none.
         k_norm: weight of the RMS norm of each key head (Qwen3); None where the model has none.
         eps: of both norms.
     """
 
     norm: Float[Array, " D"]
-    wkv: Float[Array, "2*K*C D"]
-    bkv: Float[Array, " 2*K*C"] | None
+    wkv: Float[Array, "KV D"]
+    bkv: Float[Array, " KV"] | None
     k_norm: Float[Array, " C"] | None
     eps: float = field(metadata={"static": True})
 
@@ -105,7 +105,7 @@ def linear(
 
 
 def gated_linear(
-    weight: Float[Array, "2*o i"],
+    weight: Float[Array, "o2 i"],
     x: Float[Array, "i *N"],
     norm: Norm | None = None,
     active: Bool[Array, " N"] | None = None,
@@ -211,7 +211,7 @@ def _linear_backward(eps: float | None, gated: bool, back: Callable, dy: Array) 
 _linear.defvjp(_linear_forward, _linear_backward)
 
 
-def rms_norm(weight: Float[Array, " D"], x: Float[Array, "D *N"], eps: float, axis: int = 0) -> Float[Array, "D *N"]:
+def rms_norm(weight: Float[Array, " D"], x: Float[Array, "*X"], eps: float, axis: int = 0) -> Float[Array, "*X"]:
     """Root-mean-square norm over `axis`, computed in float32 and returned in `x`'s dtype."""
     shape = [1] * x.ndim
     shape[axis] = -1
@@ -223,11 +223,11 @@ def rms_norm(weight: Float[Array, " D"], x: Float[Array, "D *N"], eps: float, ax
 class Rotation(NamedTuple):
     """Cosine and sine of the angles by which the rotary embedding turns tokens."""
 
-    cos: Float[Array, "C/2 *N"]
-    sin: Float[Array, "C/2 *N"]
+    cos: Float[Array, "C2 *N"]
+    sin: Float[Array, "C2 *N"]
 
 
-def rotation(positions: Int[Array, "*N"], freq: Float[Array, " C/2"]) -> Rotation:
+def rotation(positions: Int[Array, "*N"], freq: Float[Array, " C2"]) -> Rotation:
     """Of tokens at these positions: by `positions * freq`."""
     angle = freq.reshape(-1, *[1] * positions.ndim) * positions.astype(jnp.float32)
     # Kept apart: XLA would put them into every loop that reads them, and compute them for every head and block anew.
@@ -245,7 +245,7 @@ def keys_values(
     projection: KVProjection,
     x: Float[Array, "D *N"],
     positions: Int[Array, "*N"],
-    freq: Float[Array, " C/2"],
+    freq: Float[Array, " C2"],
     active: Bool[Array, " N"] | None = None,
 ) -> tuple[Float[Array, "K C *N"], Float[Array, "K C *N"]]:
     """K and V of hidden states, all that KV fill-in needs (CALM, arXiv 2207.07061, sec. 3.1).
@@ -258,7 +258,7 @@ def keys_values(
 
 
 def finish_keys_values(
-    projection: KVProjection, kv: Float[Array, "2*K*C *N"], turn: Rotation
+    projection: KVProjection, kv: Float[Array, "KV *N"], turn: Rotation
 ) -> tuple[Float[Array, "K C *N"], Float[Array, "K C *N"]]:
     """What `keys_values` does behind the product."""
     half, *tokens = turn.cos.shape

@@ -40,13 +40,13 @@ class SamplingRows:
 class TokenLogprobs:
     """Log-probability and rank of the chosen token, and the likeliest `R = MAX_LOGPROBS` tokens in order.
 
-    Places that a smaller vocabulary leaves empty hold id -1.
+    Places that a smaller vocabulary leaves empty hold id -1. Those of a chunk have an axis for its steps in front.
     """
 
-    chosen: Float[Array, " B"]
-    rank: Int[Array, " B"]
-    top: Float[Array, "R B"]
-    top_ids: Int[Array, "R B"]
+    chosen: Float[Array, "... B"]
+    rank: Int[Array, "... B"]
+    top: Float[Array, "... R B"]
+    top_ids: Int[Array, "... R B"]
 
 
 def _largest_with(accept: Callable[[Array], Array], rows: int) -> Float[Array, " B"]:

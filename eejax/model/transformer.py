@@ -6,7 +6,7 @@ projection is `W @ x`, the form that XLA:CPU runs fastest for few tokens and tha
 One alphabet for shapes, here and in the rest of the package:
 
     D hidden size        F MLP size           V vocabulary     L blocks
-    H query heads        K key/value heads    C head dimension
+    H query heads        K key/value heads    C head dimension (C2: half of it)
     B rows of a batch    T tokens of a row    N any token axes (`B`, `T` or `B T`)
     P pages              S slots of a page
 
@@ -46,7 +46,7 @@ type Attend[Cache] = Callable[[Array, Array, Array, Cache], tuple[Array, Cache]]
 """`attend(q [H, C, *N], k [K, C, *N], v [K, C, *N], cache) -> (o [H, C, *N], cache)`"""
 
 
-def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Float[Array, " C/2"]:
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Float[Array, " C2"]:
     """Angular frequency of each rotated pair, radians per position; Llama-3 scaling where given."""
     freq = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     if scaling is None:
@@ -194,7 +194,7 @@ class EarlyExitTransformer(nnx.Module):
         if config.exits.has_params:
             self.exits = nnx.Dict({name: ExitHead(config, rngs) for name in config.exit_names})
 
-    def frequencies(self) -> Float[Array, " C/2"]:
+    def frequencies(self) -> Float[Array, " C2"]:
         """Rotary frequencies of this model, constants of the programs that use them."""
         with jax.ensure_compile_time_eval():
             return rope_frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)

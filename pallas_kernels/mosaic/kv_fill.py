@@ -25,6 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.implementation import Shaped
 from pallas_kernels.pages import Slots, slots_of
 from pallas_kernels.projection import KVProjection, rms_norm
 
@@ -49,7 +50,7 @@ MAX_STAGES = 12
 """Steps that are in flight at most: more bytes than memory needs to keep busy help nobody."""
 
 
-def refusal(x: Float[Array, "D N"], blocks: Sequence[KVProjection], k_pages: Float[Array, "L P K S C"]) -> str | None:
+def refusal(x: Float[Shaped, "D N"], blocks: Sequence[KVProjection], k_pages: Float[Shaped, "L P K S C"]) -> str | None:
     """Why this kernel does not take such arguments (anything with shapes and dtypes), or None if it does."""
     dim, dtype = k_pages.shape[-1], k_pages.dtype
     if dtype not in (jnp.bfloat16, jnp.float16):
@@ -158,7 +159,7 @@ def _launch(
     blocks: Sequence[KVProjection],
     k_pages: jax.Ref,
     v_pages: jax.Ref,
-    rotation: Float[Array, "2 Q C/2"],
+    rotation: Float[Array, "2 Q C2"],
     slots: Slots,
     from_block: Int[Array, " N"],
     layers: Sequence[int],

@@ -28,6 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.implementation import Shaped
 from pallas_kernels.reference import MASKED
 
 TILE = 64
@@ -48,7 +49,7 @@ SHARED_BYTES = 226 * 1024
 HEAD_DIMS = (64, 96, 128, 256)
 
 
-def refusal(q: Float[Array, "B H C"], k_pages: Float[Array, "L P K S C"]) -> str | None:
+def refusal(q: Float[Shaped, "B H C"], k_pages: Float[Shaped, "L P K S C"]) -> str | None:
     """Why this kernel does not take such arguments (anything with a shape and a dtype), or None if it does."""
     kv_heads, page_size, dim = k_pages.shape[2:]
     group = q.shape[1] // kv_heads

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.implementation import Shaped
 from pallas_kernels.native import library
 
 PANEL = 32
@@ -21,7 +22,7 @@ MAX_DIM = 256
 """Largest head dimension, as in `kernels.h`."""
 
 
-def linear_refusal(weight: Float[Array, "o i"], *others: Array | None) -> str | None:
+def linear_refusal(weight: Float[Shaped, "o i"], *others: Shaped | None) -> str | None:
     """Why `linear` does not take these; None if it does. Dtypes are enough."""
     dtypes = {str(array.dtype) for array in (weight, *others) if array is not None}
     if dtypes != {"float32"}:
@@ -125,7 +126,7 @@ def _flags(active: Array | None) -> Array:
     return jnp.zeros((0,), bool) if active is None else active
 
 
-def head_refusal(weight: Float[Array, "V D"], x: Float[Array, "D N"]) -> str | None:
+def head_refusal(weight: Float[Shaped, "V D"], x: Float[Shaped, "D N"]) -> str | None:
     """Why `head` does not take these; None if it does. Shapes and dtypes are enough."""
     if x.shape[1] > MAX_HEAD_COLUMNS:
         return f"it takes {MAX_HEAD_COLUMNS} columns, and these are {x.shape[1]}"
@@ -160,7 +161,7 @@ def head(
     return (*best, logits)
 
 
-def attention_refusal(q: Float[Array, "N H C"], k_pages: Float[Array, "L P K S C"]) -> str | None:
+def attention_refusal(q: Float[Shaped, "N H C"], k_pages: Float[Shaped, "L P K S C"]) -> str | None:
     """Why `attention` does not take these; None if it does. Shapes and dtypes are enough."""
     if q.dtype != jnp.float32 or k_pages.dtype != jnp.float32:
         return f"attention is in float32, and queries are {q.dtype}, pages {k_pages.dtype}"
@@ -203,7 +204,7 @@ def attention(
     return jnp.moveaxis(found, -1, 0)
 
 
-def write_refusal(pages: Float[Array, "L P K S C"], values: Float[Array, "K C N"]) -> str | None:
+def write_refusal(pages: Float[Shaped, "L P K S C"], values: Float[Shaped, "K C N"]) -> str | None:
     """Why `write` does not take these; None if it does. Shapes and dtypes are enough."""
     if pages.dtype != jnp.float32 or values.dtype != jnp.float32:
         return f"pages are float32, and these are {pages.dtype}, what is written {values.dtype}"
