@@ -7,9 +7,9 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +22,22 @@ from bench.cost import ModelCost
 from bench.rounding import rounded
 from bench.shapes import SHAPES, shape
 from eejax import LLM, EarlyExitParams
-from eejax.core import DTYPES, MODEL_MEASURES, Choice, ConfigError, DecodeConfig, FillMode, ModelConfig, PromptLike
+from eejax.core import (
+    DTYPES,
+    MODEL_MEASURES,
+    ConfigError,
+    DecodeConfig,
+    EngineOptions,
+    ModelConfig,
+    PromptLike,
+    help_of,
+)
 from eejax.device import resolve_dtype
 from eejax.model import INIT_SCALE, count_params, leaves, param_shapes, rebuild
 from eejax.text import prompt_ids, read_prompts
 
 GPU_WORKING_SET = 8 * 2**30
+DECODE_OPTIONS = tuple(field.name for field in fields(DecodeConfig))
 
 
 def numbers(text: str) -> tuple[float, ...]:
@@ -82,9 +92,7 @@ def model_parser(name: str, what: str | None, default_model: str | None = None) 
     shown = f" ({default_model})" if default_model else ""
     model.add_argument("--model", metavar="PATH", default=default_model, help=f"checkpoint folder{shown}")
     model.add_argument("--random", choices=sorted(SHAPES), help="random weights of this shape")
-    parser.add_argument("--dtype", choices=DTYPES, help="of weights and cache; the device's usual one")
-    parser.add_argument("--exit-layers", type=integers, metavar="E,E", help="exits instead of the model's own")
-    parser.add_argument("--page-size", type=at_least(1), default=64, help="tokens in a cache page (%(default)s)")
+    add_engine_options(parser, "dtype", "exit_layers", "page_size")
     parser.add_argument("--seed", type=at_least(0), default=0, help="of weights, prompts and draws (%(default)s)")
     parser.add_argument("--output-json", type=Path, metavar="FILE", help="write the result here too")
     return parser
@@ -109,15 +117,20 @@ def add_replay(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_engine_options(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Options of `LLM` as options of a benchmark, with the same defaults and help."""
+    usual, texts, hints = EngineOptions(), help_of(EngineOptions), get_type_hints(EngineOptions)
+    for name in names:
+        choices = DTYPES if name == "dtype" else get_args(hints[name]) if get_origin(hints[name]) is Literal else None
+        parse = {"exit_layers": integers, "page_size": at_least(1)}.get(name, str)
+        shown = "" if getattr(usual, name) is None else " (%(default)s)"
+        flag, text = f"--{name.replace('_', '-')}", texts[name].removesuffix(".") + shown
+        parser.add_argument(flag, type=parse, choices=choices, default=getattr(usual, name), help=text)
+
+
 def add_decode_options(parser: argparse.ArgumentParser) -> None:
-    """The fields of `DecodeConfig`: how a batch takes its rows' exits."""
-    for name, allowed in (("compaction", Choice), ("fill", FillMode), ("rebatching", Choice)):
-        parser.add_argument(f"--{name}", choices=get_args(allowed), default="auto", help="as LLM's (%(default)s)")
-
-
-def decode_of(args: argparse.Namespace) -> DecodeConfig:
-    """What the options of `add_decode_options` say."""
-    return DecodeConfig(args.compaction, args.fill, args.rebatching)
+    """The options of `LLM` that say how a batch takes its rows' exits."""
+    add_engine_options(parser, *DECODE_OPTIONS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,35 +139,28 @@ class ModelOptions:
 
     model: str | None
     random: str | None
-    dtype: str | None
-    exit_layers: tuple[int, ...] | None
-    page_size: int
-    seed: int
+    engine: EngineOptions
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> ModelOptions:
-        """From the parsed options of `new_parser`."""
-        return cls(args.model, args.random, args.dtype, args.exit_layers, args.page_size, args.seed)
+        """From the parsed options of `model_parser`, and of `add_decode_options` where they were added."""
+        names = ("dtype", "exit_layers", "page_size", "seed", *DECODE_OPTIONS)
+        given = {name: getattr(args, name) for name in names if hasattr(args, name)}
+        return cls(args.model, args.random, EngineOptions(**given))
 
     @property
     def name(self) -> str:
         """What to call the model in a table."""
         return self.random or Path(self.model or "").resolve().name
 
-    def build(self, max_model_len: int | None, max_num_seqs: int, decode: DecodeConfig | None = None) -> LLM:
-        """Load or draw the weights. `decode` says how batches take exits, when not as they do by default."""
-        options = {
-            **asdict(decode or DecodeConfig()),
-            "dtype": self.dtype,
-            "max_model_len": max_model_len,
-            "max_num_seqs": max_num_seqs,
-            "page_size": self.page_size,
-            "seed": self.seed,
-        }
+    def build(self, **more: Any) -> LLM:
+        """Load or draw the weights. `more` are options of `LLM` besides those of the command line."""
+        options = {**asdict(self.engine), **more}
         if self.random is None:
-            return LLM(self.model or "", exit_layers=self.exit_layers, **options)
-        config = shape(self.random, self.exit_layers)
-        return LLM.from_params(config, random_params(config, resolve_dtype(self.dtype), self.seed), **options)
+            return LLM(self.model or "", **options)
+        config = shape(self.random, options.pop("exit_layers"))
+        params = random_params(config, resolve_dtype(self.engine.dtype), self.engine.seed)
+        return LLM.from_params(config, params, **options)
 
 
 def random_params(config: ModelConfig, dtype: jnp.dtype, seed: int) -> dict:

@@ -17,7 +17,6 @@ from bench.common import (
     ModelOptions,
     add_decode_options,
     at_least,
-    decode_of,
     dtype_of,
     early_exit_params,
     finish,
@@ -141,7 +140,7 @@ def main(arguments: list[str]) -> None:
     """Run the benchmark."""
     args = parser().parse_args(arguments)
     chosen, batch = ModelOptions.of(args), args.batch_size
-    llm = chosen.build(max_model_len=args.input_len + args.output_len, max_num_seqs=batch, decode=decode_of(args))
+    llm = chosen.build(max_model_len=args.input_len + args.output_len, max_num_seqs=batch)
     config = llm.config.model
     cost = ModelCost.of(config, dtype_of(llm).itemsize)
     exits = dict(zip(MODES, (None, early_exit_params(args, config)), strict=True))

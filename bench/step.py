@@ -34,7 +34,6 @@ from bench.common import (
     add_decode_options,
     add_replay,
     at_least,
-    decode_of,
     dtype_of,
     finish,
     median,
@@ -213,7 +212,7 @@ def main(arguments: list[str]) -> None:
 def _run(args: argparse.Namespace) -> dict[str, Any]:
     chosen, top, steps = ModelOptions.of(args), max(args.batch_sizes), args.output_len - 1
     length = None if args.random is None else min(args.input_len + args.output_len, shape(args.random).max_position)
-    llm = chosen.build(max_model_len=length, max_num_seqs=top, decode=decode_of(args))
+    llm = chosen.build(max_model_len=length, max_num_seqs=top)
     config, modes = llm.config.model, modes_of(args, llm.config.model)
     if llm.tokenizer is None:
         prompts = random_prompts(top, args.input_len, config.vocab_size, args.seed)

@@ -17,7 +17,6 @@ from bench.common import (
     ModelOptions,
     add_decode_options,
     at_least,
-    decode_of,
     dtype_of,
     early_exit_params,
     finish,
@@ -124,7 +123,7 @@ def main(arguments: list[str]) -> None:
     args = parser().parse_args(arguments)
     chosen = ModelOptions.of(args)
     longest = None if args.prompts else args.input_len + args.output_len
-    llm = chosen.build(max_model_len=longest, max_num_seqs=args.max_num_seqs, decode=decode_of(args))
+    llm = chosen.build(max_model_len=longest, max_num_seqs=args.max_num_seqs)
     config = llm.config.model
     cost = ModelCost.of(config, dtype_of(llm).itemsize)
     exits = dict(zip(MODES, (None, early_exit_params(args, config)), strict=True))

@@ -146,7 +146,7 @@ def build(args: argparse.Namespace) -> dict[str, LLM]:
     found: dict[str, LLM] = {}
     for rule in rules:
         if not found:
-            found[rule] = chosen.build(max_model_len=length, max_num_seqs=slots, decode=RULES[rule])
+            found[rule] = chosen.build(max_model_len=length, max_num_seqs=slots, **asdict(RULES[rule]))
             continue
         first = found[rules[0]]
         found[rule] = LLM.from_params(

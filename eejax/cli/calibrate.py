@@ -1,16 +1,18 @@
-"""The command `eejax calibrate`. Flags carry the names of the fields they set; jax is imported inside it."""
+"""The command `eejax calibrate`. Flags have the names of the fields they set; jax is imported inside the command."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from eejax.cli.terminal import integers, numbers, reported_errors
+from eejax.cli.flags import flags_of, given, numbers, takes
+from eejax.cli.terminal import reported_errors
+from eejax.core import EngineOptions
 
 if TYPE_CHECKING:
     from eejax.serve import Calibration
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 PROMISE, MODEL = "The promise", "Model"
 
 
+@takes(flags_of(EngineOptions, MODEL, only=["exit_layers", "dtype", "max_num_seqs"]))
 def calibrate(
     path: Annotated[
         Path, typer.Argument(metavar="PATH", help="Checkpoint or Hugging Face folder.", show_default=False)
@@ -27,12 +30,12 @@ def calibrate(
         typer.Option(
             metavar="FILE",
             help="Prompts to answer; may be repeated: .jsonl or .jsonl.gz with prompt, or instruction and input; or "
-            "one a line.",
+            "one per line.",
             show_default=False,
         ),
     ],
     max_risk: Annotated[
-        float, typer.Option(help="Expected loss of a request at the most.", rich_help_panel=PROMISE)
+        float, typer.Option(help="Expected loss of a request at most.", rich_help_panel=PROMISE)
     ] = 0.02,
     confidence: Annotated[
         float, typer.Option(help="Probability with which that holds.", rich_help_panel=PROMISE)
@@ -41,8 +44,8 @@ def calibrate(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="softmax, margin, similarity or classifier; may be repeated, and each then has a promise of its own.  "
-            "[default: softmax]",
+            help="softmax, margin, similarity or classifier; may be repeated: each is calibrated separately. "
+            "\\[default: softmax]",
             rich_help_panel=PROMISE,
         ),
     ] = None,
@@ -59,27 +62,18 @@ def calibrate(
         str | None,
         typer.Option(metavar="T[,T]", help="Thresholds to test instead of the measure's own.", rich_help_panel=PROMISE),
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Answer tokens at the most.", rich_help_panel=PROMISE)] = 128,
+    max_tokens: Annotated[int, typer.Option(help="Answer tokens at most.", rich_help_panel=PROMISE)] = 128,
     num_prompts: Annotated[
-        int | None, typer.Option(help="Use so many, equally many of each file.", show_default=False)
+        int | None, typer.Option(help="Prompts to use, equally many of each file.", show_default=False)
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the choice of prompts.")] = 0,
-    exit_layers: Annotated[
-        str | None,
-        typer.Option(metavar="E[,E]", help="Exits to use instead of the checkpoint's own.", rich_help_panel=MODEL),
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="As which the model will be served: the promise holds for no other.",
-            rich_help_panel=MODEL,
-        ),
-    ] = None,
-    max_num_seqs: Annotated[int, typer.Option(help="Sequences decoded together.", rich_help_panel=MODEL)] = 32,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of prompts.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print what is stored, as one JSON object.")] = False,
+    **flags: Any,
 ) -> None:
-    """Find the lowest threshold that keeps the risk below a bound, and store it in the checkpoint."""
+    """Find the lowest threshold that keeps the risk below a bound, and store it in the checkpoint.
+
+    It holds for these exits and this dtype only.
+    """
     with reported_errors():
         from eejax.tune import calibrator
 
@@ -98,9 +92,7 @@ def calibrate(
             path,
             prompts,
             options,
-            exit_layers=integers("--exit-layers", exit_layers),
-            dtype=dtype,
-            max_num_seqs=max_num_seqs,
+            **given(flags, EngineOptions),
             say=lambda line: console.print(line, style="dim", markup=False, soft_wrap=True),
         )
         if as_json:
@@ -111,7 +103,7 @@ def calibrate(
 
 
 def print_calibration(calibration: Calibration, measures: tuple[str, ...]) -> None:
-    """A table of tests for each of `measures`, and what came of them."""
+    """Print a table of tests for each of `measures`, and the result."""
     console = Console(highlight=False)
     for name in measures:
         found = calibration.measures[name]

@@ -9,7 +9,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from eejax.core import CacheConfig
+from eejax.core import EngineOptions
 from eejax.device import choose_kernels, page_bytes, resolve_dtype
 from eejax.model import count_params, load_lazily, param_shapes
 from eejax.schedule import load_length_heads
@@ -17,20 +17,18 @@ from eejax.serve import exit_costs, load_calibration
 from eejax.text import load_end_tokens, load_tokenizer
 
 
-def describe(path: Path, dtype: str | None, page_size: int) -> dict[str, Any]:
-    """Facts about a checkpoint folder, ready for JSON. Only metadata is read while all is well.
+def describe(path: Path, options: EngineOptions) -> dict[str, Any]:
+    """Facts about a checkpoint folder, ready for JSON. Only metadata is read, unless something is wrong.
 
     Args:
         path: the checkpoint folder.
-        dtype: what it would be served as; the device's default for None.
-        page_size: tokens in a KV page.
+        options: `dtype` and `page_size` with which it would be served.
 
     Raises:
         CheckpointError, TokenizerError: the folder is not a usable checkpoint.
-        ConfigError: `dtype`, `page_size` or `EEJAX_KERNELS` is not allowed.
+        ConfigError: `EEJAX_KERNELS` has an unknown value.
     """
-    served = resolve_dtype(dtype)
-    CacheConfig(num_pages=1, page_size=page_size)
+    served, page_size = resolve_dtype(options.dtype), options.page_size
     model, stored = load_lazily(path)
     stored_leaves = jax.tree.leaves(stored)
     shapes = param_shapes(model)

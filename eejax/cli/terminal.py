@@ -16,7 +16,6 @@ from rich.console import Console
 
 from eejax.core import (
     CompletionOutput,
-    ConfigError,
     EejaxError,
     InvalidRequestError,
     PromptLike,
@@ -191,21 +190,3 @@ def print_summary(llm: LLM, layers: Sequence[int], answers: int, seconds: float,
         mean = sum(layers) / len(layers)
         text += f"; {mean:.2f} of {depth} blocks per decoded token, {1 - mean / depth:.0%} skipped"
     Console(stderr=True, highlight=False).print(text, style="dim", soft_wrap=True)
-
-
-def numbers(flag: str, text: str) -> tuple[float, ...]:
-    """`0.8,0.9` as numbers. Raises `ConfigError` where it is something else."""
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise ConfigError(f"{flag} must be numbers with commas between them, got {text!r}") from None
-
-
-def integers(flag: str, text: str | None) -> tuple[int, ...] | None:
-    """`4,8` as integers; None stays None. Raises `ConfigError` where it is something else."""
-    if text is None:
-        return None
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ConfigError(f"{flag} must be integers with commas between them, got {text!r}") from None

@@ -1,4 +1,4 @@
-"""The command `eejax train-length`. Flags carry the names of the fields they set; jax is imported inside it."""
+"""The command `eejax train-length`. Flags have the names of the fields they set; jax is imported inside it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from eejax.cli.terminal import numbers, reported_errors
+from eejax.cli.flags import numbers
+from eejax.cli.terminal import reported_errors
 from eejax.core import ConfigError
 
 if TYPE_CHECKING:
@@ -28,25 +29,29 @@ def train_length(
         typer.Option(
             metavar="FILE",
             help="Prompts to answer; may be repeated: .jsonl or .jsonl.gz with prompt, or instruction and input, and "
-            "perhaps source; or one a line.",
+            "perhaps source; or one per line.",
             rich_help_panel=LABELS,
             show_default=False,
         ),
     ] = None,
     num_prompts: Annotated[
         int | None,
-        typer.Option(help="Use so many, equally many of each file.", rich_help_panel=LABELS, show_default=False),
+        typer.Option(help="Prompts to use, equally many of each file.", rich_help_panel=LABELS, show_default=False),
     ] = None,
     temperatures: Annotated[
         str,
-        typer.Option(metavar="T[,T]", help="Answer at each, and twice at the middle one.", rich_help_panel=LABELS),
+        typer.Option(
+            metavar="T[,T]",
+            help="Answer at each, and twice at the middle one.",
+            rich_help_panel=LABELS,
+        ),
     ] = "0.3,0.7,1.0",
-    max_tokens: Annotated[int, typer.Option(help="Answer tokens at the most.", rich_help_panel=LABELS)] = 512,
+    max_tokens: Annotated[int, typer.Option(help="Answer tokens at most.", rich_help_panel=LABELS)] = 512,
     labels_out: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Write the labels here, while they are made.",
+            help="Write the labels to this file while they are made.",
             rich_help_panel=LABELS,
             show_default=False,
         ),
@@ -55,7 +60,7 @@ def train_length(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Labels made before, in place of prompts; nothing is answered then.",
+            help="Use these labels, made earlier, instead of prompts.",
             rich_help_panel=LABELS,
             show_default=False,
         ),
@@ -71,12 +76,13 @@ def train_length(
             rich_help_panel=TRAINING,
         ),
     ] = "every",
-    seed: Annotated[int, typer.Option(help="Of prompts, split and answers.", rich_help_panel=TRAINING)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of prompts, split and answers.", rich_help_panel=TRAINING)] = 0,
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the report here, too.", show_default=False)
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Also write the report here.", show_default=False),
     ] = None,
 ) -> None:
-    """Teach a model how long its answers are, and store that beside its weights, for the scheduler."""
+    """Train predictors of the length of a model's answers, and store them beside its weights, for the scheduler."""
     with reported_errors():
         from eejax.tune import length_training
 
@@ -107,8 +113,8 @@ def print_report(report: dict[str, Any]) -> None:
     """What `eejax.tune.length_training.train_length` reports, a table for each source and one for all."""
     console = Console(highlight=False)
     held_out, learnt = report["held_out_prompts"], report["training_prompts"]
-    console.print(f"{held_out} of {held_out + learnt} prompts held out; asked for a length, the model said a number ")
-    console.print(f"{report['numbers_said']} times. Errors are in tokens; in 50: share that is wrong by 50 at the most")
+    console.print(f"{held_out} of {held_out + learnt} prompts held out; when asked for a length, the model named one ")
+    console.print(f"{report['numbers_said']} times. Errors are in tokens; in 50: share with an error of at most 50")
     for source, rows in report["evaluation"].items():
         table = Table(title=source, title_justify="left")
         table.add_column("predictor")

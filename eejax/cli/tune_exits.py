@@ -1,4 +1,4 @@
-"""The command `eejax tune-exits`. Flags carry the names of the fields they set; jax is imported inside the command."""
+"""The command `eejax tune-exits`. Flags have the names of the fields they set; jax is imported inside the command."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from eejax.cli.terminal import integers, reported_errors
+from eejax.cli.flags import integers
+from eejax.cli.terminal import reported_errors
 
 if TYPE_CHECKING:
     from eejax.core import ExitHeadKind
@@ -26,20 +27,20 @@ def tune_exits(
         Path,
         typer.Option(
             metavar="FILE",
-            help="Text to learn from: .txt with blank lines between documents; .jsonl or .jsonl.gz with text, "
+            help="Training text: .txt with blank lines between documents; .jsonl or .jsonl.gz with text, "
             "prompt and response, instruction and output, or messages.",
         ),
     ],
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Folder to write.  [default: PATH-exits]", show_default=False),
+        typer.Option(metavar="DIR", help="Folder to write. \\[default: PATH-exits]", show_default=False),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint.")] = False,
     exit_layers: Annotated[
         str | None,
         typer.Option(
             metavar="E[,E]",
-            help="Blocks after which exits stand.  [default: the model's own, or each quarter of its depth]",
+            help="Blocks after which there are exits. \\[default: the model's own, or each quarter of its depth]",
             rich_help_panel=EXITS,
         ),
     ] = None,
@@ -47,7 +48,7 @@ def tune_exits(
         str | None,
         typer.Option(
             metavar="KIND",
-            help="shared, norm or mlp.  [default: the model's own, or norm]",
+            help="shared, norm or mlp. \\[default: the model's own, or norm]",
             rich_help_panel=EXITS,
         ),
     ] = None,
@@ -55,7 +56,7 @@ def tune_exits(
         bool | None,
         typer.Option(
             "--tie-output/--untie-output",
-            help="Exits share the LM head's matrix, or each has its own.  [default: as the model's own exits, or tied]",
+            help="Exits share the LM head's matrix, or each has its own. \\[default: the model's own, or tied]",
             rich_help_panel=EXITS,
             show_default=False,
         ),
@@ -64,7 +65,7 @@ def tune_exits(
         bool | None,
         typer.Option(
             "--probes/--no-probes",
-            help="Train a linear probe for every exit, the classifier measure.  [default: probes]",
+            help="Train a linear probe for every exit, the classifier measure. \\[default: probes]",
             rich_help_panel=EXITS,
             show_default=False,
         ),
@@ -72,36 +73,36 @@ def tune_exits(
     steps: Annotated[
         int,
         typer.Option(
-            help="Steps for the heads, and as many for the probes; 0 only evaluates.", rich_help_panel=TRAINING
+            help="Steps for the heads, and as many for the probes; 0 evaluates only.", rich_help_panel=TRAINING
         ),
     ] = 300,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens of one step.", rich_help_panel=TRAINING)] = 4096,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens per step.", rich_help_panel=TRAINING)] = 4096,
     seq_len: Annotated[
         int | None,
-        typer.Option(help="Tokens of a document that are read together.  [default: 512]", rich_help_panel=TRAINING),
+        typer.Option(help="Tokens of a document in one row. \\[default: 512]", rich_help_panel=TRAINING),
     ] = None,
     lr: Annotated[
         float,
-        typer.Option(help="Peak of the learning rate, relative to what is learnt.", rich_help_panel=TRAINING),
+        typer.Option(help="Peak learning rate, relative to the size of what is trained.", rich_help_panel=TRAINING),
     ] = 0.02,
-    seed: Annotated[int, typer.Option(help="Of held-out documents and order.", rich_help_panel=TRAINING)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of held-out documents and order.", rich_help_panel=TRAINING)] = 0,
     dtype: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="float32, bfloat16 or float16 for the backbone's work; by default as suits the device.",
+            help="float32, bfloat16 or float16 for the backbone; by default float32 on CPU, else bfloat16.",
             rich_help_panel=TRAINING,
         ),
     ] = None,
     eval_share: Annotated[
-        float, typer.Option(help="Share of the documents that is held out.", rich_help_panel=EVALUATION)
+        float, typer.Option(help="Share of the documents to hold out.", rich_help_panel=EVALUATION)
     ] = 0.05,
     eval_data: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Text to evaluate on; nothing is held out then.", rich_help_panel=EVALUATION),
+        typer.Option(metavar="FILE", help="Text to evaluate on; then nothing is held out.", rich_help_panel=EVALUATION),
     ] = None,
 ) -> None:
-    """Give a model exits, or tune those it has, and write it with them as a new checkpoint; its backbone stays."""
+    """Give a model exits, or tune those it has, and write a new checkpoint; the backbone is not changed."""
     with reported_errors():
         from eejax.tune import exit_tuning
 
@@ -127,7 +128,7 @@ def tune_exits(
 
 
 def print_report(evaluation: dict[str, Any]) -> None:
-    """What `exit_tuning.json` says of the evaluation, as tables."""
+    """Print the evaluation, as `exit_tuning.json` holds it, in tables."""
     before, after = evaluation["before"], evaluation.get("after")
     last = after or before
     exits = Table(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Any, get_args
 
 from eejax.core.errors import ConfigError
 
@@ -81,14 +81,19 @@ def from_mapping[T](cls: type[T], values: dict[str, Any]) -> T:
     return cls(**values)
 
 
+def option(default: Any, text: str) -> Any:
+    """A dataclass field with this default, and a help text for `help_of` and `with_help`."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
 def help_of(options: type) -> dict[str, str]:
-    """Help texts of a dataclass's fields: those that are annotated as `Annotated[type, "text"]`."""
-    hints = get_type_hints(options, include_extras=True)
-    return {name: hint.__metadata__[0] for name, hint in hints.items() if get_origin(hint) is Annotated}
+    """Help texts of a dataclass's fields, those that were made by `option`."""
+    fields = dataclasses.fields(options)  # pyright: ignore[reportArgumentType]
+    return {field.name: field.metadata["help"] for field in fields if field.metadata}
 
 
 def with_help(text: str | None, options: type) -> str:
-    """A docstring, followed by a line with name, default and help for each field of a dataclass."""
-    defaults = {field.name: field.default for field in dataclasses.fields(options)}
+    """A docstring, followed by a line with name, default and help for each of `help_of`."""
+    defaults = {field.name: field.default for field in dataclasses.fields(options)}  # pyright: ignore[reportArgumentType]
     lines = [f"        {name} ({defaults[name]}): {line}\n" for name, line in help_of(options).items()]
     return f"{text}\n    Options:\n{''.join(lines)}"

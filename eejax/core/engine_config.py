@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from eejax.core.checks import (
     is_number,
     named_options,
+    option,
     require,
     require_choice,
     require_positive_int,
@@ -168,23 +169,22 @@ class EngineOptions:
         ConfigError: an option does not exist, or its value is not allowed; the message names it.
     """
 
-    dtype: Annotated[str | None, "float32, bfloat16 or float16; by default float32 on CPU, else bfloat16."] = None
-    max_model_len: Annotated[int | None, "Tokens of prompt and answer together; by default the model's limit."] = None
-    max_num_seqs: Annotated[int | None, "Sequences decoded together at most; by default 32."] = None
-    num_pages: Annotated[
-        int | None, "Pages of the KV cache; by default for all sequences at full length, if they fit."
-    ] = None
-    page_size: Annotated[int, "Tokens per page."] = PAGE_SIZE
-    exit_layers: Annotated[
-        Sequence[int] | None,
-        "Blocks to exit after, instead of the checkpoint's own; only some of those unless heads are shared.",
-    ] = None
-    seed: Annotated[int, "Seed for requests without one."] = 0
-    scheduler: Annotated[PolicyName | SchedulerConfig, "fcfs, length or static."] = "fcfs"
-    length_predictor: Annotated[Any, "What predicts the lengths of answers."] = None
-    compaction: Annotated[Choice, "auto, always or never: blocks compute only the rows still running."] = "auto"
-    fill: Annotated[FillMode, "auto, eager or deferred: when blocks that were not run get their K and V."] = "auto"
-    rebatching: Annotated[Choice, "auto, always or never: rows that go deep wait until they are several."] = "auto"
+    dtype: str | None = option(None, "float32, bfloat16 or float16; by default float32 on CPU, else bfloat16.")
+    max_model_len: int | None = option(None, "Tokens of prompt and answer together; by default the model's limit.")
+    max_num_seqs: int | None = option(None, "Sequences decoded together at most; by default 32.")
+    num_pages: int | None = option(
+        None, "Pages of the KV cache; by default for all sequences at full length, if they fit."
+    )
+    page_size: int = option(PAGE_SIZE, "Tokens per page.")
+    exit_layers: Sequence[int] | None = option(
+        None, "Blocks to exit after, instead of the checkpoint's own; only some of those unless heads are shared."
+    )
+    seed: int = option(0, "Seed for requests without one.")
+    scheduler: PolicyName | SchedulerConfig = option("fcfs", "fcfs, length or static.")
+    length_predictor: Any = option(None, "What predicts the lengths of answers.")
+    compaction: Choice = option("auto", "auto, always or never: blocks compute only the rows still running.")
+    fill: FillMode = option("auto", "auto, eager or deferred: when blocks that were not run get their K and V.")
+    rebatching: Choice = option("auto", "auto, always or never: rows that do not exit wait for others to run with.")
 
     def __post_init__(self) -> None:
         me = "EngineOptions"

@@ -11,11 +11,13 @@ from eejax.core.checks import (
     is_integer,
     is_number,
     named_options,
+    option,
     require,
     require_choice,
     require_integer,
     require_positive_int,
     require_seed,
+    with_help,
 )
 from eejax.core.config import ModelConfig
 from eejax.core.errors import InvalidRequestError
@@ -53,7 +55,7 @@ class DecayingThreshold:
     """
 
     value: Thresholds
-    tau: float = 4.0
+    tau: float = option(4.0, "Let the threshold decay along the answer at this rate (CALM).")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "value", _checked_thresholds("DecayingThreshold.value", self.value))
@@ -95,11 +97,15 @@ class EarlyExitParams:
             `margin`.
     """
 
-    threshold: Thresholds | DecayingThreshold | Literal["calibrated"] = 0.9
-    measure: Measure = "softmax"
+    threshold: Thresholds | DecayingThreshold | Literal["calibrated"] = option(
+        0.9,
+        "Confidence at which a token exits: one, or one per exit. Above 1 is full depth; calibrated is the one that "
+        "eejax calibrate certified.",
+    )
+    measure: Measure = option("softmax", "softmax, margin, similarity or classifier.")
     exit_layers: Sequence[int] | None = None
-    min_layers: int = 0
-    gate: float = 0.0
+    min_layers: int = option(0, "Blocks that every token runs at least.")
+    gate: float = option(0.0, "Compute an exit's logits only if its probe gives at least this probability.")
 
     def __post_init__(self) -> None:
         _require_number("EarlyExitParams", "gate", self.gate, 0.0, 1.0, "a number in [0, 1]")
@@ -171,30 +177,25 @@ class EarlyExitParams:
 class SamplingParams:
     """How one request is answered; names and meanings are vLLM's.
 
-    Attributes:
-        n: answers to the prompt.
-        temperature: 0 is greedy.
-        top_p, top_k, min_p: keep only the likeliest tokens; 1, 0 and 0 keep all. Tokens tied at the limit are all kept.
-        max_tokens: answer tokens at most; None for as many as the model's length allows.
-        stop: strings that end the answer; the text ends before them.
-        stop_token_ids: tokens that end the answer, besides the end-of-sequence token; they are kept in `token_ids`.
-        ignore_eos: do not stop at the end-of-sequence token.
-        seed: of this request alone; derived from the engine's seed when None.
-        logprobs: report the log-probability of each token and of this many likeliest ones (0 to 20).
-        early_exit: None runs every token at full depth.
+    With `early_exit` None every token runs at full depth. With `max_tokens` None an answer may be as long as the model
+    allows. Without `seed`, the request's seed is derived from the engine's. Tokens tied at the limit of `top_p`,
+    `top_k` or `min_p` are all kept. `logprobs` may be 0, for the log-probability of the token alone, up to 20.
+
+    Raises:
+        ConfigError: a parameter does not exist, or its value is not allowed; the message names it.
     """
 
-    n: int = 1
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    max_tokens: int | None = 16
-    stop: str | Sequence[str] = ()
-    stop_token_ids: Sequence[int] = ()
-    ignore_eos: bool = False
-    seed: int | None = None
-    logprobs: int | None = None
+    n: int = option(1, "Answers to the prompt.")
+    temperature: float = option(1.0, "0 is greedy.")
+    top_p: float = option(1.0, "Keep the likeliest tokens that have this probability together; 1 keeps all.")
+    top_k: int = option(0, "Keep so many of the likeliest tokens; 0 keeps all.")
+    min_p: float = option(0.0, "Keep tokens with this share of the likeliest token's probability; 0 keeps all.")
+    max_tokens: int | None = option(16, "Answer tokens at most.")
+    stop: str | Sequence[str] = option((), "String that ends the answer, whose text ends before it.")
+    stop_token_ids: Sequence[int] = option((), "Tokens that end the answer; they are kept in it.")
+    ignore_eos: bool = option(False, "Go on after the end-of-sequence token.")
+    seed: int | None = option(None, "Seed of sampling.")
+    logprobs: int | None = option(None, "Report log-probabilities of each token and of so many likeliest ones.")
     early_exit: EarlyExitParams | None = None
 
     def __post_init__(self) -> None:
@@ -234,3 +235,6 @@ class SamplingParams:
             self.early_exit is None or isinstance(self.early_exit, EarlyExitParams),
             f"{me}.early_exit must be EarlyExitParams or None, got {self.early_exit!r}",
         )
+
+
+SamplingParams.__doc__ = with_help(SamplingParams.__doc__, SamplingParams)

@@ -26,7 +26,7 @@ from bench.cost import (
 from bench.rounds import Answer, Round, request_params, run_round
 from bench.shapes import SHAPES, shape
 from eejax import ConfigError, EarlyExitParams, InvalidRequestError
-from eejax.core import DecodeConfig, ExitConfig, ModelConfig
+from eejax.core import EngineOptions, ExitConfig, ModelConfig
 from eejax.model.transformer import count_params, init_params
 
 COST = ModelCost(
@@ -223,15 +223,18 @@ def test_early_exit_options() -> None:
         chosen("--exit-layers", "2,6")
 
 
-def test_decode_options() -> None:
-    def decode(*flags: str) -> DecodeConfig:
-        return common.decode_of(throughput.parser().parse_args(["--random", "tiny", *flags]))
+def test_engine_options() -> None:
+    def chosen(*flags: str) -> common.ModelOptions:
+        return common.ModelOptions.of(throughput.parser().parse_args(["--random", "tiny", *flags]))
 
-    assert decode() == DecodeConfig()
-    asked = decode("--compaction", "never", "--fill", "deferred", "--rebatching", "always")
-    assert asked == DecodeConfig("never", "deferred", "always")
-    chosen = common.ModelOptions.of(latency.parser().parse_args(["--random", "tiny"]))
-    assert chosen.build(max_model_len=16, max_num_seqs=1, decode=asked).config.decode == asked
+    assert chosen().engine == EngineOptions()
+    flags = "--compaction never --fill deferred --rebatching always --page-size 16 --seed 3".split()  # noqa: SIM905
+    asked = chosen(*flags)
+    assert asked.engine == EngineOptions(compaction="never", fill="deferred", rebatching="always", page_size=16, seed=3)
+    config = asked.build(max_model_len=16, max_num_seqs=1).config
+    assert (config.decode, config.cache.page_size, config.seed) == (asked.engine.decode_config, 16, 3)
+    with pytest.raises(SystemExit):
+        chosen("--fill", "late")
 
 
 def test_shapes_have_the_sizes_they_are_named_after() -> None:

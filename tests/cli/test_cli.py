@@ -22,7 +22,7 @@ from typer.testing import CliRunner, Result
 from eejax import LLM, EarlyExitParams, SamplingParams
 from eejax.cli import app as cli
 from eejax.cli import demo
-from eejax.core import ExitConfig, ModelConfig
+from eejax.core import EngineOptions, ExitConfig, ModelConfig
 from eejax.core.request import CompletionOutput
 from eejax.model.transformer import init_params
 from eejax.model.weights import WEIGHTS_DIR
@@ -106,7 +106,7 @@ def test_flags_carry_the_names_of_the_fields() -> None:
     flags = set(inspect.signature(cli.generate).parameters)
     sampling = {field.name for field in dataclasses.fields(SamplingParams)} - {"early_exit"}
     exits = {field.name for field in dataclasses.fields(EarlyExitParams)}
-    engine = set(inspect.signature(LLM).parameters) - {"length_predictor"}  # an object
+    engine = {field.name for field in dataclasses.fields(EngineOptions)} - {"length_predictor"}  # an object
     assert sampling | exits | engine <= flags
 
 
@@ -155,7 +155,7 @@ def test_exit_flags(checkpoint: Path, flags: list[str], layers: set[int]) -> Non
 
 
 def test_tau_makes_the_threshold_decay() -> None:
-    found = cli.early_exit_params(False, "0.8,0.6", "margin", 2.0, 3)
+    found = cli.early_exit_params({"threshold": "0.8,0.6", "measure": "margin", "tau": 2.0, "min_layers": 3})
     assert found is not None
     assert (found.threshold.value, found.threshold.tau) == ((0.8, 0.6), 2.0)  # pyright: ignore[reportAttributeAccessIssue]
     assert (found.measure, found.min_layers) == ("margin", 3)

@@ -7,8 +7,8 @@ import math
 
 import pytest
 
-from eejax.core import CacheConfig, EngineConfig, ExitConfig, ModelConfig, RopeScaling, SchedulerConfig
-from eejax.core.checks import from_mapping
+from eejax.core import CacheConfig, EngineConfig, EngineOptions, ExitConfig, ModelConfig, RopeScaling, SchedulerConfig
+from eejax.core.checks import from_mapping, help_of
 from eejax.core.errors import ConfigError, EejaxError, InvalidRequestError
 from eejax.core.params import DecayingThreshold, EarlyExitParams, SamplingParams
 
@@ -95,10 +95,17 @@ def test_sampling_values_at_the_border_and_their_normal_forms():
         params.n = 2
 
 
-@pytest.mark.parametrize("options", [SamplingParams, EarlyExitParams])
+@pytest.mark.parametrize("options", [SamplingParams, EarlyExitParams, EngineOptions])
 def test_unknown_options_are_refused_by_name(options):
     with pytest.raises(ConfigError, match=rf"{options.__name__} has no option temprature; allowed: .*\w+, \w+"):
         options(temprature=1)
+
+
+@pytest.mark.parametrize("options", [SamplingParams, EngineOptions])
+def test_help_describes_every_option(options):
+    named = {field.name for field in dataclasses.fields(options)} - {"early_exit"}
+    assert set(help_of(options)) == named
+    assert all(f"    {name} (" in options.__doc__ for name in named)
 
 
 # ---------------------------------------------------------------------------------------------------------- early exit

@@ -24,7 +24,7 @@ from eejax import (
     TokenizerError,
 )
 from eejax.cli.app import in_chat_template
-from eejax.core import ExitConfig, ModelConfig
+from eejax.core import EngineOptions, ExitConfig, ModelConfig
 from eejax.model.weights_writer import save_checkpoint
 from eejax.serve.engine import EngineStats
 from eejax.text.tokenizer_copy import copy_tokenizer
@@ -461,6 +461,11 @@ def test_options_that_are_not_allowed(checkpoint: Path, llm: LLM, options, parts
     with pytest.raises(ConfigError) as caught:
         LLM.from_params(llm.config.model, llm.engine.runner.params, **options)
     says(caught.value, *parts)
+
+
+def test_help_describes_every_option():
+    assert LLM.__doc__ is not None
+    assert all(f"        {field.name} (" in LLM.__doc__ for field in fields(EngineOptions))
 
 
 def test_a_cache_too_small_for_a_request(llm: LLM):
