@@ -1,4 +1,4 @@
-"""The tour behind `eejax demo`: answers shaded by exit layer, then early exit beside full depth."""
+"""The tour of `eejax demo`: answers shaded by exit layer, then early exit compared with full depth."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from eejax.text import Detokenizer
 
 DEMO_PROMPTS = Path(__file__).with_name("demo_prompts.jsonl")
 FIRST_SHADE, LAST_SHADE = (90, 200, 120), (250, 224, 140)
-"""Backgrounds (red, green, blue) of tokens that left at the first and at the last exit; full depth has none."""
+"""Backgrounds (red, green, blue) of tokens from the first and from the last exit; full depth has none."""
 
 
 def demo_path() -> Path:
     """The demo model's folder in the checkout that this package is installed from.
 
     Raises:
-        CheckpointError: it is not there, as when the package came as a wheel.
+        CheckpointError: there is none, for instance because the package was installed as a wheel.
     """
     folder = Path(__file__).resolve().parents[2] / "checkpoints" / "demo"
     if not folder.is_dir():
@@ -39,7 +39,7 @@ def demo_path() -> Path:
 
 
 def shades(model: ModelConfig) -> dict[int, Style]:
-    """A style for every depth at which a token can leave."""
+    """A style for every depth at which a token can exit, and for full depth."""
     exits = model.exits.layers
     styles = {model.n_layers: Style()}
     for i, layer in enumerate(exits):
@@ -55,7 +55,7 @@ class Run:
 
     Attributes:
         seconds: from first to last token, summed over answers.
-        blocks, blocks_full: blocks run in that time, and how many full depth would have run.
+        blocks, blocks_full: blocks run while decoding, and the number that full depth would have run.
     """
 
     outputs: tuple[RequestOutput, ...]
@@ -75,18 +75,18 @@ class Run:
 
     @property
     def tokens_per_second(self) -> float:
-        """Rate of decoding; 0 where every answer was one token long."""
+        """Rate of decoding; 0 if every answer is one token long."""
         return self.decoded / self.seconds if self.seconds else 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """How far answers equal those at full depth, over all prompts together.
+    """How far answers agree with those at full depth, over all prompts together.
 
     Attributes:
-        same_place: equal tokens at equal places, over the length of the longer answer.
+        same_place: equal tokens at equal positions, over the length of the longer answer.
         before_first_difference: tokens before an answer's first difference, over the length of the full-depth answer.
-        whole: share of answers that are equal to the last token.
+        whole: share of answers that are equal as a whole.
     """
 
     same_place: float
@@ -95,7 +95,7 @@ class Agreement:
 
 
 def agreement(full: Sequence[CompletionOutput], early: Sequence[CompletionOutput]) -> Agreement:
-    """Compare the answers of two runs over the same prompts, each of which ran free on its own tokens."""
+    """Compare the answers of two runs over the same prompts, each of which continued from its own tokens."""
     pairs = [(a.token_ids, b.token_ids) for a, b in zip(full, early, strict=True)]
     equal = prefix = 0
     for a, b in pairs:
@@ -111,11 +111,11 @@ def agreement(full: Sequence[CompletionOutput], early: Sequence[CompletionOutput
 
 
 def tour(llm: LLM, texts: Sequence[str], prompts: Sequence[PromptLike], params: SamplingParams, repeats: int) -> None:
-    """Stream every prompt's answer, then time early exit and full depth in turn and print them side by side.
+    """Stream every prompt's answer, then time early exit and full depth in alternation and print a comparison.
 
     Args:
         texts: what to show of the prompts.
-        prompts: what to send, in the chat template.
+        prompts: the same in the chat template.
         params: with early exit.
         repeats: timed rounds of each mode.
     """
@@ -134,8 +134,8 @@ def tour(llm: LLM, texts: Sequence[str], prompts: Sequence[PromptLike], params: 
 def stream_shaded(console: Console, llm: LLM, prompt: PromptLike, params: SamplingParams) -> list[int]:
     """Stream one answer, each token on the shade of its exit layer. Returns its exit layers.
 
-    A chunk brings several tokens at once, so their texts are taken apart again. A character that several tokens make
-    up carries the shade of the last one.
+    A piece of the stream has several tokens, so they are detokenized here one by one. A character that consists of
+    several tokens has the shade of the last one.
     """
     styles = shades(llm.config.model)
     if llm.tokenizer is None:
@@ -144,7 +144,7 @@ def stream_shaded(console: Console, llm: LLM, prompt: PromptLike, params: Sampli
     layers: list[int] = []
 
     def show(piece: str) -> None:
-        # Line by line, so that a shade ends where its line does.
+        # Line by line, so that the shade ends with the text of the line.
         for line in piece.splitlines(keepends=True):
             console.print(Text(line.rstrip("\n"), style=styles[layers[-1]]), end="", soft_wrap=True)
             if line.endswith("\n"):
@@ -169,7 +169,7 @@ def describe_depth(layers: Sequence[int], n_layers: int) -> str:
 
 
 def run_once(llm: LLM, prompts: Sequence[PromptLike], params: SamplingParams) -> Run:
-    """Answer the prompts one after the other. A prompt that cannot be served raises its error."""
+    """Answer the prompts one after the other. A prompt that cannot be answered raises its error."""
     before = llm.stats()
     outputs = [llm.generate(prompt, params, use_tqdm=False)[0] for prompt in prompts]
     after = llm.stats()
@@ -194,7 +194,7 @@ def _timed(llm: LLM, prompts: Sequence[PromptLike], params: SamplingParams, repe
         for round_number in range(repeats + 1):
             for name, one in modes.items():
                 run = run_once(llm, prompts, one)
-                if round_number:  # the first round meets whatever is not compiled yet
+                if round_number:  # the first round compiles
                     runs[name].append(run)
                 bar.advance(task)
     return runs
@@ -206,7 +206,7 @@ def _print_legend(console: Console, model: ModelConfig) -> None:
         legend.append(f" {layer} of {model.n_layers} " if layer < model.n_layers else f" all {layer} ", style)
         legend.append(" ")
     if console.color_system is None:
-        legend = Text("Without colours, each answer's mean exit layer stands below it.")
+        legend = Text("Without colours, only each answer's mean exit layer is shown.")
     console.print(legend, soft_wrap=True)
 
 
@@ -231,14 +231,14 @@ def _print_table(console: Console, model: ModelConfig, runs: Mapping[str, Sequen
     table.add_row(
         "share of blocks skipped", *(f"{1 - run.blocks / max(1, run.blocks_full):.1%}" for run in first.values())
     )
-    table.add_row("tokens equal to full depth, place by place", "", f"{found.same_place:.1%}")
+    table.add_row("tokens equal to full depth, by position", "", f"{found.same_place:.1%}")
     table.add_row("tokens before the first difference", "", f"{found.before_first_difference:.1%}")
-    table.add_row("answers equal to the last token", "", f"{found.whole:.1%}")
+    table.add_row("answers equal as a whole", "", f"{found.whole:.1%}")
     console.print(table)
     faster = rates["early exit"] / rates["full depth"] if rates["full depth"] else 1.0
     console.print(
-        f"Early exit decodes {faster:.2f}x as fast (medians of {len(runs['full depth'])} rounds in turn, one prompt at "
-        "a time, greedy; prefill and compilation not counted).\nEach mode goes on from its own tokens: behind the "
-        "first difference an answer may be as good and share few places with the other, so both shares are given.",
+        f"Early exit decodes {faster:.2f}x as fast (medians of {len(runs['full depth'])} alternating rounds, one "
+        "prompt at a time, greedy; without prefill and compilation).\nEach mode continues from its own tokens: after "
+        "the first difference an answer may be as good and still share few positions, so both shares are given.",
         soft_wrap=True,
     )

@@ -100,11 +100,11 @@ def _exit_costs(found: list[dict[str, Any]]) -> str:
         ", ".join(f"{one[key]:.2f} after {one['layer']}" for one in found)
         for key in ("blocks", "blocks_without_logits")
     )
-    return f"a token, in blocks by weights read: {with_logits}; by a measure without logits: {without}"
+    return f"per token, in blocks by weights read: {with_logits}; by a measure without logits: {without}"
 
 
 def print_description(found: dict[str, Any]) -> None:
-    """`describe`'s facts as a table."""
+    """Print what `describe` found as a table."""
     model, page, tokenizer = found["model"], found["kv_page"], found["tokenizer"]
     parts = ", ".join(f"{name} {count:,}" for name, count in found["parameters_by_part"].items() if count)
     tied = "tied" if model["tie_embeddings"] else "untied"
@@ -132,7 +132,7 @@ def print_description(found: dict[str, Any]) -> None:
             f"{name} {choice['implementation']}" + (f" (not mosaic: {choice['refusal']})" if choice["refusal"] else "")
             for name, choice in found["kernels"].items()
         ),
-        "KV page": f"{page['page_size']} tokens, {size(page['bytes'])}; {size(page['bytes_per_token'])} a token, "
+        "KV page": f"{page['page_size']} tokens, {size(page['bytes'])}; {size(page['bytes_per_token'])} per token, "
         f"{size(page['bytes_longest_sequence'])} for the longest sequence",
     }
     table = Table(title=found["path"], title_justify="left", show_header=False)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def reported_errors() -> Iterator[None]:
-    """Turn what a user can act on into one red line on stderr and exit code 2; an interruption into code 130."""
+    """Report eejax's errors as one red line on stderr, with exit code 2; an interruption gives code 130."""
     try:
         yield
     except EejaxError as error:
@@ -97,7 +97,7 @@ def summary(stages: Sequence[Stage]) -> str:
 def answer_together(
     llm: LLM, texts: list[str], prompts: list[PromptLike], params: SamplingParams, as_json: bool
 ) -> bool:
-    """Answer all prompts together and print them in order. Returns whether all could be served."""
+    """Answer all prompts together and print the answers in order. Returns whether all could be answered."""
     start = time.perf_counter()
     stages: list[Stage] = []
     with heard(stages.append):
@@ -123,7 +123,7 @@ def answer_together(
 def answer_one_by_one(
     llm: LLM, texts: list[str], prompts: list[PromptLike], params: SamplingParams, as_json: bool
 ) -> bool:
-    """Answer one prompt after the other, printing what is new. Returns whether all could be served."""
+    """Answer one prompt after the other and print the pieces. Returns whether all could be answered."""
     start = time.perf_counter()
     stages: list[Stage] = []
     layers: list[int] = []

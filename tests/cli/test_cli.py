@@ -413,7 +413,7 @@ def test_demo_table(checkpoint: Path, tmp_path: Path, threshold: str, skipped: s
     assert "\x1b[" not in result.stdout
     rows = rows_of(result.stdout)
     assert rows["share of blocks skipped"] == ["0.0%", skipped]
-    assert (rows["tokens equal to full depth, place by place"][1] == "100.0%") == equal
+    assert (rows["tokens equal to full depth, by position"][1] == "100.0%") == equal
     assert rows["blocks run"][0] == str(LAYERS * int(rows["tokens decoded"][0]))
 
 
