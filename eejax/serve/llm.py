@@ -79,11 +79,10 @@ class LLM:
     @_with_options(EngineOptions)
     def __init__(self, path: str | os.PathLike[str], **options: Any) -> None:
         wanted, folder = EngineOptions(**options), Path(path)
-        dtype = resolve_dtype(wanted.dtype)
         tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None
         predictor = _predictor(wanted, folder, tokenizer)
         with announced("weights"):
-            model, params = load_checkpoint(folder, dtype=dtype)
+            model, params = load_checkpoint(folder, dtype=resolve_dtype(wanted.dtype))
         self._build(model, params, tokenizer, load_end_tokens(folder, tokenizer), wanted, predictor, folder)
 
     @classmethod
@@ -215,8 +214,7 @@ class LLM:
                 return error, None
             return {"prompt_token_ids": ids}, text
 
-        items = [prompt_of(talk) for talk in talks]
-        return self._answer(items, sampling_params, priority, deadline, single, use_tqdm)
+        return self._answer(list(map(prompt_of, talks)), sampling_params, priority, deadline, single, use_tqdm)
 
     def _answer(
         self,
