@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from eejax.core import ModelConfig
 from eejax.model import bind
-from pallas_kernels.head import Best
+from pallas_kernels import Best
 
 ATTENTION_TILE = 128
 MASKED = -1e30

@@ -1,4 +1,4 @@
-"""Where tokens stand in the paged cache `[L, P, K, S, C]`, and how they are written there."""
+"""The door to writes into the paged cache `[L, P, K, S, C]`: a token's slot there, and putting K or V into slots."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class Slots:
     offsets: Int[Array, " N"]
 
     def only(self, valid: Bool[Array, " N"], num_pages: int) -> Slots:
-        """The writes of tokens that are not `valid` dropped too."""
+        """These slots, with the writes of tokens that are not `valid` dropped as well."""
         return Slots(jnp.where(valid, self.pages, num_pages), self.offsets)
 
 
 def slots_of(page_table: Int[Array, "N M"], positions: Int[Array, " N"], page_size: int) -> Slots:
     """Slots of the tokens at `positions`, one row of the page table each."""
-    # Padding may stand at any position: clip the look-up, whose result is then not used.
+    # Padding may have any position: clip the look-up, whose result is not used then.
     pages = jnp.take_along_axis(page_table, (positions // page_size)[:, None], axis=1, mode="clip")[:, 0]
     return Slots(pages, positions % page_size)
 

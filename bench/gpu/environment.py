@@ -14,8 +14,7 @@ import jax.numpy as jnp
 from bench import machine
 from bench.gpu.record import report
 from bench.kernels.timing import copy_bandwidth, seconds_of
-from pallas_kernels.control_flow import branch_form
-from pallas_kernels.implementation import cuda_version, device_refusal
+from pallas_kernels import branch_form, cuda_version, device_refusal
 
 PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "flax", "numpy", "torch")
 FACTS = "name,driver_version,memory.total,clocks.sm,clocks.mem,power.limit"

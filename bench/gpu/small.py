@@ -18,8 +18,7 @@ import jax.numpy as jnp
 from bench.gpu.record import report
 from bench.kernels.timing import seconds_of
 from eejax.core import compiler_options
-from pallas_kernels import control_flow
-from pallas_kernels.projection import rms_norm
+from pallas_kernels import control_flow, rms_norm
 
 REPEATS = 7
 COLUMNS = (1, 8, 32)

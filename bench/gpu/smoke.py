@@ -20,8 +20,7 @@ from bench.kernels.command import interpreted
 from bench.kernels.fill import MODELS
 from bench.kernels.timing import TOLERANCE, relative_error
 from eejax.core import ModelConfig
-from pallas_kernels import KVProjection, kv_fill, paged_attention
-from pallas_kernels.implementation import Implementation
+from pallas_kernels import Implementation, KVProjection, kv_fill, paged_attention
 
 FAULT = "EEJAX_GPU_CHECK_FAULT"
 """Environment variable for tests of the check: kernel and model whose process aborts."""

@@ -23,8 +23,7 @@ from bench.kernels.timing import (
     sets_for,
     turns_for,
 )
-from pallas_kernels import paged_attention
-from pallas_kernels.implementation import Implementation
+from pallas_kernels import Implementation, paged_attention
 
 CUDNN = (
     "cuDNN: not callable. jax.nn.dot_product_attention(implementation='cudnn') takes no page table, and JAX's paged "

@@ -15,8 +15,7 @@ from bench.kernels.timing import MAX_SETS, Step, Timing, compare, sets_for, turn
 from eejax.core import CacheConfig, ModelConfig
 from eejax.device import PagedKVCache, Slots, init_cache, slots_of, write
 from eejax.model import bind
-from pallas_kernels import KVProjection, kv_fill, paged_attention
-from pallas_kernels.implementation import Implementation
+from pallas_kernels import Implementation, KVProjection, kv_fill, paged_attention
 
 TOKENS_PER_ROW = 4
 """As many tokens of a row wait for deferred fill-in."""

@@ -12,7 +12,7 @@ from eejax.device.decode_state import DecodeState, Rows
 from eejax.device.exits import ExitRows
 from eejax.device.prefill import PrefillTokens
 from eejax.device.sampling import SamplingRows, TokenLogprobs
-from pallas_kernels.api import check_page_ids
+from pallas_kernels import check_page_ids
 
 MAX_DEVICE_STOP_IDS = 8
 """Stop ids tested on the device. The host tests all of them, so more cost a few wasted steps, not correctness."""

@@ -22,7 +22,7 @@ from eejax.device.kv_cache import PagedKVCache
 from eejax.device.sampling import TokenLogprobs
 from eejax.device.step import finish, run_pass
 from eejax.model import bind
-from pallas_kernels.control_flow import run_if
+from pallas_kernels import run_if
 
 
 @jax.tree_util.register_dataclass

@@ -17,7 +17,7 @@ from eejax.device.kv_cache import PagedKVCache
 from eejax.device.kv_fill import Waiting
 from eejax.device.sampling import SamplingRows
 from eejax.model import EarlyExitTransformer
-from pallas_kernels.head import Best
+from pallas_kernels import Best
 
 
 @jax.tree_util.register_dataclass

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from eejax.core import MEASURES
-from pallas_kernels.head import Best
+from pallas_kernels import Best
 
 RANDOM_STREAM = 1
 """Sets the `random` measure's draws apart from the sampler's, which use the same per-token keys."""

@@ -8,10 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from eejax.core import ConfigError, ModelConfig
-from pallas_kernels.api import kv_fill_refusals, paged_attention_refusals
-from pallas_kernels.control_flow import branch_form
-from pallas_kernels.implementation import device_refusal, resolve
-from pallas_kernels.projection import KVProjection
+from pallas_kernels import (
+    KVProjection,
+    branch_form,
+    device_refusal,
+    kv_fill_refusals,
+    paged_attention_refusals,
+    resolve,
+)
 
 
 class KernelChoice(NamedTuple):

@@ -26,8 +26,8 @@ import flax
 import jax
 from jax.experimental.serialize_executable import deserialize_and_load, serialize
 
+import pallas_kernels
 from eejax.core import EngineConfig, Stage, announce, compiler_options, log
-from pallas_kernels.native import library
 
 UNITS = {"prefill": "token", "decode": "row", "score": "token"}
 
@@ -52,7 +52,7 @@ def _count_cache_hits() -> Iterator[Callable[[], int]]:
 def _sources() -> str:
     """A digest of all Python that programs are traced from."""
     digest = hashlib.sha256()
-    packages = (Path(__file__).parents[1], Path(library.__file__).parents[1])
+    packages = (Path(__file__).parents[1], Path(pallas_kernels.__file__).parent)
     for path in sorted(path for package in packages for path in package.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -77,7 +77,7 @@ class ProgramFiles:
     @classmethod
     def of(cls, config: EngineConfig, params: dict, kernels: object) -> ProgramFiles | None:
         """Those of a runner; None where no files are kept, or its parameters are not all on one device."""
-        base = library.cache_folder()
+        base = pallas_kernels.cache_folder()
         leaves = jax.tree.leaves_with_path(params)
         devices = {device for _, leaf in leaves if isinstance(leaf, jax.Array) for device in leaf.devices()}
         if base is None or not jax.config.jax_enable_compilation_cache or len(devices) != 1 or jax.process_count() != 1:
@@ -104,7 +104,7 @@ class ProgramFiles:
             version("jaxlib"),
             flax.__version__,
             platform.python_version(),
-            library.processor(),
+            pallas_kernels.processor(),
         )
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         settings = {name: value for name, value in os.environ.items() if name.startswith(("XLA_", "EEJAX_"))}

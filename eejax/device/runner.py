@@ -36,8 +36,7 @@ from eejax.device.kv_cache import init_cache
 from eejax.device.prefill import prefill
 from eejax.device.programs import Compiled, ProgramFiles
 from eejax.device.scoring import Scores, check_text, score_text
-from pallas_kernels.native import huge_pages
-from pallas_kernels.native.library import cache_folder
+from pallas_kernels import cache_folder, use_huge_pages
 
 DEFERRED_KV_BYTES = 2**20
 """K and V projections of at least this size are read for several tokens at once where a row is alone. Measured on CPU:
@@ -49,7 +48,7 @@ MAX_PREFILL_ROWS = 32
 def use_compilation_cache() -> None:
     """Keep compiled programs on disk, so that a second start compiles nothing.
 
-    In `xla` below `pallas_kernels.native.library.cache_folder`. A cache that the process has configured for JAX already
+    In `xla` below `pallas_kernels.cache_folder`. A cache that the process has configured for JAX already
     is left as it is.
     """
     base = cache_folder()
@@ -78,7 +77,7 @@ class Runner:
         self._prefill_rows = MAX_PREFILL_ROWS if kernels["paged_attention"].implementation == "native" else 1
         self._leaves_rows_out = kernels["kv_fill"].implementation == "native"
         self.cache = init_cache(config.model, config.cache, dtype)
-        huge_pages.collapse(jax.tree.leaves((params, self.cache)))
+        use_huge_pages(jax.tree.leaves((params, self.cache)))
         self._compiled = Compiled(ProgramFiles.of(config, params, kernels))
 
     @property

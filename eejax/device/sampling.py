@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from eejax.core import MAX_LOGPROBS
-from pallas_kernels.head import Best
+from pallas_kernels import Best
 
 
 @jax.tree_util.register_dataclass

@@ -19,8 +19,7 @@ from eejax.core import MODEL_MEASURES, InvalidRequestError, ModelConfig
 from eejax.device import exits
 from eejax.device.exits import ExitRows, Observation
 from eejax.model import Block, EarlyExitTransformer, attend_causal, bind
-from pallas_kernels.control_flow import run_if
-from pallas_kernels.head import Best
+from pallas_kernels import Best, run_if
 
 COLUMNS = 128
 """Tokens whose logits exist at a time: of a whole text they would take more memory than the model."""

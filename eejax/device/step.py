@@ -25,9 +25,7 @@ from eejax.device.decode_state import DecodeState, Plan, Rows, Step
 from eejax.device.kv_cache import PagedKVCache, write
 from eejax.device.kv_fill import Tokens
 from eejax.model import Block, EarlyExitTransformer
-from pallas_kernels import paged_attention
-from pallas_kernels.control_flow import run_if
-from pallas_kernels.projection import Rotation
+from pallas_kernels import Rotation, paged_attention, run_if
 
 
 def run_pass(

@@ -25,16 +25,14 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from eejax.core import ModelConfig, RopeScaling
-from pallas_kernels.head import Best, head
-from pallas_kernels.projection import (
+from pallas_kernels import (
+    Best,
     KVProjection,
     Norm,
     Rotation,
     finish_keys_values,
-    gated_linear,
+    head,
     linear,
-    linear_pair,
-    project,
     rms_norm,
     rope,
     rotation,
@@ -76,8 +74,8 @@ class Mlp(nnx.Module):
     def __call__(
         self, x: Float[Array, "D *N"], norm: Norm, active: Bool[Array, " N"] | None = None
     ) -> Float[Array, "D *N"]:
-        """`x` and what the MLP makes of it behind its norm, in the columns that are `active` (None: all)."""
-        gated = gated_linear(self.gate_up[...], x, norm, active)
+        """`x` plus the MLP's output for `norm(x)`, in the columns that are `active` (None: all)."""
+        gated = linear(self.gate_up[...], x, norm=norm, gated=True, active=active)
         return linear(self.down[...], gated, residual=x, active=active)
 
 
@@ -151,10 +149,10 @@ class Block(nnx.Module):
         runs, due = active or (None, None)
         if beside is not None:
             mine = Rotation(turn.cos[:, : x.shape[1]], turn.sin[:, : x.shape[1]])
-            q = linear(self.wq[...], x, norm, active=runs)
-            kv = linear(self.wkv[...], jnp.concatenate([x, beside], axis=1), norm, active=due)
+            q = linear(self.wq[...], x, norm=norm, active=runs)
+            kv = linear(self.wkv[...], jnp.concatenate([x, beside], axis=1), norm=norm, active=due)
         else:
-            q, kv = linear_pair(self.wq[...], self.wkv[...], x, norm, active)
+            q, kv = linear((self.wq[...], self.wkv[...]), x, norm=norm, active=active)
         q = self._finish_queries(q, mine)
         k, v = finish_keys_values(self.kv_projection, kv, turn)
         o, cache = attend(q, k, v, cache)
@@ -274,7 +272,7 @@ class EarlyExitTransformer(nnx.Module):
 
     def logits(self, layer: int, features: Float[Array, "D *N"]) -> Float[Array, "V *N"]:
         """Float32 logits at exit point `layer`."""
-        return project(self.output_matrix(layer), features)
+        return linear(self.output_matrix(layer), features.astype(jnp.float32))
 
     def best(
         self,
@@ -286,7 +284,7 @@ class EarlyExitTransformer(nnx.Module):
         wanted: Bool[Array, " N"] | None = None,
         confidence: bool = True,
     ) -> tuple[Best, Float[Array, "V N"] | None]:
-        """What the logits at exit point `layer` come to, see `pallas_kernels.head.head`."""
+        """What the logits at exit point `layer` come to, see `pallas_kernels.head`."""
         matrix = self.output_matrix(layer)
         return head(matrix, features, active=active, logits=logits, wanted=wanted, confidence=confidence)
 

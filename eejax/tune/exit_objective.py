@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float
 
 from eejax.core import ModelConfig
 from eejax.model import EarlyExitTransformer, bind
-from pallas_kernels.projection import linear, rms_norm
+from pallas_kernels import rms_norm
 
 type Arrays = Mapping[str, Any]
 
@@ -72,11 +72,6 @@ def _features(model: EarlyExitTransformer, states: Float[Array, "E D N"]) -> lis
     return [model.features(layer, x, x) for layer, x in zip(model.config.exits.layers, states, strict=True)]
 
 
-def _logits(model: EarlyExitTransformer, layer: int, features: Float[Array, "D N"]) -> Float[Array, "V N"]:
-    # `linear` rather than `model.logits`: its backward pass is the fast one on CPU.
-    return linear(model.output_matrix(layer), features.astype(jnp.float32))
-
-
 def _chunks(arrays: Arrays, chunk: int) -> dict[str, Array]:
     """Cut the last axis into chunks and bring their number to the front, with zeros behind the last token."""
 
@@ -109,10 +104,10 @@ def head_loss(
 
     def loss(heads: dict, part: dict[str, Array]) -> Array:
         model = _with_exits(config, backbone, merged(heads, probes))
-        target = jax.nn.softmax(_logits(model, config.n_layers, part["last"]), axis=0)
+        target = jax.nn.softmax(model.logits(config.n_layers, part["last"]), axis=0)
         nats = jnp.zeros(target.shape[1], jnp.float32)
         for layer, features in zip(layers, _features(model, part["exits"]), strict=True):
-            logits = _logits(model, layer, features)
+            logits = model.logits(layer, features)
             nats += jax.nn.logsumexp(logits, axis=0) - jnp.sum(target * logits, axis=0)
         return jnp.sum(nats * part["weights"]) / total
 
@@ -193,7 +188,7 @@ def observe(config: ModelConfig, backbone: dict, exits: dict, batch: Arrays, chu
         model = _with_exits(config, backbone, exits)
         found: dict[str, list[Array]] = {"nats": [], "best": [], "softmax": []}
         for layer, x in zip((*layers, config.n_layers), (*part["features"], part["last"]), strict=True):
-            logits = _logits(model, layer, x)
+            logits = model.logits(layer, x)
             total = jax.nn.logsumexp(logits, axis=0)
             found["nats"].append(total - jnp.take_along_axis(logits, part["targets"][None], axis=0)[0])
             found["best"].append(jnp.argmax(logits, axis=0))

@@ -27,7 +27,8 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.implementation import Shaped
 from pallas_kernels.pages import Slots, slots_of
-from pallas_kernels.projection import KVProjection, rms_norm
+from pallas_kernels.products import rms_norm
+from pallas_kernels.projection import KVProjection
 
 HEAD_DIMS = (64, 96, 128, 256)
 TILE = 64

@@ -44,7 +44,7 @@ def spans(buffers: Iterable[Span]) -> list[Span]:
     return found
 
 
-def collapse(arrays: Iterable[object]) -> threading.Thread | None:
+def use_huge_pages(arrays: Iterable[object]) -> threading.Thread | None:
     """Move arrays into huge pages, in the background: they stay where they are for whoever uses them.
 
     That is for speed alone, so nothing is said where the system does not do it, or does it in part: what shares its

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import jax
 
+from pallas_kernels.disk_cache import cache_folder, processor
+
 HERE = Path(__file__).parent
 SOURCES = ("threads.c", "linear.c", "tiles.c", "head.c", "attention.c", "write.c")
 HEADERS = ("kernels.h", "columns.h", "product.h")
@@ -22,17 +24,6 @@ TARGETS = ("eejax_linear", "eejax_head", "eejax_paged_attention", "eejax_write")
 COMPILERS = ("cc", "gcc", "clang")
 TIME_LIMIT = 300.0
 """Seconds that the compiler may take."""
-
-
-def cache_folder() -> Path | None:
-    """Where eejax keeps what it has compiled: `$EEJAX_CACHE_DIR`, else `$XDG_CACHE_HOME/eejax`, else `~/.cache/eejax`.
-
-    None where `EEJAX_CACHE_DIR=off`: nothing is kept.
-    """
-    wish = os.environ.get("EEJAX_CACHE_DIR")
-    if wish == "off":
-        return None
-    return Path(wish) if wish else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eejax"
 
 
 @functools.cache
@@ -101,12 +92,3 @@ def _built(folder: Path) -> Path:
                 raise NativeBuildError(f"{compiler[0]} failed with {done.returncode}: {last}")
             unfinished.replace(target)
     return target
-
-
-def processor() -> str:
-    """What tells processors with different instructions apart."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    return "\n".join(sorted({line for line in lines if line.split("\t")[0] in ("flags", "Features", "model name")}))

@@ -1,4 +1,4 @@
-"""The native kernels as JAX functions. What they do not take, `*_refusal` says."""
+"""The native kernels as JAX functions; each `*_refusal` says why a kernel does not take its arguments."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.implementation import Shaped
 from pallas_kernels.native import library
 
 PANEL = 32
-"""Columns that scratch is rounded up to, and floats that one column of it may be longer: those of the widest panel."""
+"""Columns of the widest panel. Scratch is rounded up to whole panels, and each column of it has room for one more."""
 VECTOR = 16
 """Floats of the widest vector."""
 MAX_HEAD_COLUMNS = 1024
@@ -31,51 +32,48 @@ def linear_refusal(weight: Float[Shaped, "o i"], *others: Shaped | None) -> str 
 
 
 def linear(
-    weight: Float[Array, "o i"],
+    weights: Sequence[Float[Array, "_ i"]],
     x: Float[Array, "i N"],
     norm: Float[Array, " i"] | None = None,
     eps: float = 0.0,
     residual: Float[Array, "o N"] | None = None,
     gated: bool = False,
-    active: Bool[Array, " N"] | None = None,
-) -> Float[Array, "o N"]:
-    """`residual + weight @ x`, of columns that went through an RMS norm where `norm` is its weight.
-
-    Args:
-        gated: the upper half of the weight's rows is SwiGLU's gate: `silu(upper @ x) * (lower @ x)`, of `o / 2` rows.
-            Without `residual`.
-        active: columns that are computed, all when None. The others are the residual's, or anything without one.
-    """
+    active: Sequence[Bool[Array, " N"]] | None = None,
+) -> Sequence[Float[Array, "_ N"]]:
+    """See `pallas_kernels.products.linear`: one or two products of the same `x`, and `active` columns of each."""
     depth, count = x.shape
-    rows = weight.shape[0] // (2 if gated else 1)
-    if not (rows and depth and count):
-        return jnp.zeros((rows, count), jnp.float32) if residual is None else residual
-    return _call_linear(weight, x, norm, eps, residual=residual, gated=gated, active=active)[0]
-
-
-def linear_pair(
-    first: Float[Array, "o i"],
-    second: Float[Array, "p i"],
-    x: Float[Array, "i N"],
-    norm: Float[Array, " i"],
-    eps: float,
-    active: tuple[Bool[Array, " N"], Bool[Array, " N"]] | None = None,
-) -> tuple[Float[Array, "o N"], Float[Array, "p N"]]:
-    """`first @ x` and `second @ x`, of columns that go through an RMS norm once.
-
-    Args:
-        active: columns that are computed in the first product and in the second, all when None. The others may be
-            anything.
-    """
-    if not (first.size and second.size and x.size):
-        return linear(first, x, norm, eps), linear(second, x, norm, eps)
-    mine, others = active or (None, None)
-    one, other, _ = _call_linear(first, x, norm, eps, second=second, active=mine, active_in_second=others)
-    return one, other
+    rows = weights[0].shape[0] // (2 if gated else 1)
+    if not (x.size and all(weight.size for weight in weights)):
+        if len(weights) == 2:
+            return [linear([weight], x, norm, eps)[0] for weight in weights]
+        return [jnp.zeros((rows, count), jnp.float32) if residual is None else residual]
+    first, second, *_ = (*weights, None)
+    active_in_first, active_in_second, *_ = (*(active or ()), None, None)
+    # Where not all columns are computed, those of the second product, and results of a gated one, are collected apart.
+    scratch = _scratch_floats(depth, count) * (2 if active and second is not None else 1)
+    scratch += rows * (2 * _padded(count) if active else count) if gated else 0
+    second = _or_empty(second)
+    call = jax.ffi.ffi_call(
+        "eejax_linear",
+        _floats((rows, count), (second.shape[0], count), (scratch + 2 * count,)),
+        input_output_aliases={3: 0} if active and residual is not None else None,
+        vmap_method="sequential",
+    )
+    return call(
+        first,
+        x,
+        _or_empty(norm),
+        _or_empty(residual),
+        _or_empty(active_in_first, bool),
+        second,
+        _or_empty(active_in_second, bool),
+        eps=np.float64(eps),
+        gated=np.int64(gated),
+    )[: len(weights)]
 
 
 def _scratch_floats(depth: int, count: int) -> int:
-    """A float of x, or three bfloat16, and a column's end, for each column."""
+    """Of x as the kernel copies it: a float for each number, or three bfloat16, and the room after each column."""
     return _padded(count) * (_padded(depth) * 3 // 2 + PANEL)
 
 
@@ -83,47 +81,13 @@ def _padded(size: int) -> int:
     return -(-size // PANEL) * PANEL
 
 
-def _call_linear(
-    weight: Array,
-    x: Array,
-    norm: Array | None,
-    eps: float,
-    *,
-    residual: Array | None = None,
-    second: Array | None = None,
-    gated: bool = False,
-    active: Array | None = None,
-    active_in_second: Array | None = None,
-) -> Sequence[Array]:
-    (depth, count), rows = x.shape, weight.shape[0] // (2 if gated else 1)
-    # Columns of a second product, and results of a gated one, stand by themselves where not all are computed.
-    parts = 1 if active is None else 2
-    scratch = _scratch_floats(depth, count) * (parts if second is not None else 1)
-    scratch += rows * (count if active is None else 2 * _padded(count)) if gated else 0
-    others = 0 if second is None else second.shape[0]
-    shapes = [(rows, count), (others, count), (scratch + 2 * count,)]
-    aliases = None if active is None or residual is None else {3: 0}
-    call = jax.ffi.ffi_call("eejax_linear", _floats(*shapes), input_output_aliases=aliases, vmap_method="sequential")
-    none = jnp.zeros((0,), jnp.float32)
-    return call(
-        weight,
-        x,
-        none if norm is None else norm,
-        none if residual is None else residual,
-        _flags(active),
-        none if second is None else second,
-        _flags(active_in_second),
-        eps=np.float64(eps),
-        gated=np.int64(gated),
-    )
-
-
 def _floats(*shapes: tuple[int, ...]) -> list[jax.ShapeDtypeStruct]:
     return [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
 
 
-def _flags(active: Array | None) -> Array:
-    return jnp.zeros((0,), bool) if active is None else active
+def _or_empty(array: Array | None, dtype: DTypeLike = np.float32) -> Array | np.ndarray:
+    """The array, or one of no elements in place of None: kernels have a fixed number of operands."""
+    return np.zeros((0,), dtype) if array is None else array
 
 
 def head_refusal(weight: Float[Shaped, "V D"], x: Float[Shaped, "D N"]) -> str | None:
@@ -141,13 +105,11 @@ def head(
     wanted: Bool[Array, " N"] | None,
     confidence: bool,
 ) -> tuple[Array, ...]:
-    """The largest of each column of `weight @ x`, its row, the second largest, the sum of exponentials, and `logits`.
+    """See `pallas_kernels.products.head`; columns that are not active yield zeros.
 
-    Args:
-        active: columns that are computed, all when None; the others yield zeros.
-        logits, wanted: where logits of those active columns that are `wanted` are written; in place where XLA needs the
-            old ones no more.
-        confidence: whether the second largest and the sum are asked for; they may be anything otherwise.
+    Returns:
+        The largest of each column of `weight @ x`, its row, the second largest, the sum of exponentials; `logits`,
+        updated in place where XLA no longer needs the old ones.
     """
     (rows, depth), count = weight.shape, x.shape[1]
     if logits is None:
@@ -157,7 +119,14 @@ def head(
     shapes = _floats(logits.shape, each, each, each, each, (found,), (scratch,))
     shapes[2] = jax.ShapeDtypeStruct(each, jnp.int32)
     call = jax.ffi.ffi_call("eejax_head", shapes, input_output_aliases={3: 0}, vmap_method="sequential")
-    logits, *best = call(weight, x, _flags(active), logits, _flags(wanted), confidence=np.int64(confidence))[:5]
+    logits, *best = call(
+        weight,
+        x,
+        _or_empty(active, bool),
+        logits,
+        _or_empty(wanted, bool),
+        confidence=np.int64(confidence),
+    )[:5]
     return (*best, logits)
 
 
@@ -185,12 +154,11 @@ def attention(
     """See `pallas_kernels.api.ragged_paged_attention`. Token i is of row i where `rows` is None."""
     if not q.size:
         return q
-    rows = jnp.zeros((0,), jnp.int32) if rows is None else rows
-    integers = (array.astype(jnp.int32) for array in (page_table, rows, positions))
+    integers = (array.astype(jnp.int32) for array in (page_table, _or_empty(rows, np.int32), positions))
     # A window that holds all that a page table has room for is none, and might not fit the kernel's integers.
     room = page_table.shape[1] * k_pages.shape[3]
     window = 0 if sliding_window is None or sliding_window >= room else sliding_window
-    # The kernel has the model's order, tokens last: where that is what a caller turned round, nothing is left of it.
+    # The kernel has the model's order, tokens last: XLA removes this transpose where the caller made the opposite one.
     q = jnp.moveaxis(q, 0, -1)
     found = jax.ffi.ffi_call("eejax_paged_attention", jax.ShapeDtypeStruct(q.shape, q.dtype))(
         q,
@@ -220,7 +188,7 @@ def write(
     offsets: Int[Array, " N"],
     values: Float[Array, "K C N"],
 ) -> Float[Array, "L P K S C"]:
-    """See `pallas_kernels.pages.write`. In place where XLA needs the old pages no more."""
+    """See `pallas_kernels.pages.write`. In place where XLA no longer needs the old pages."""
     if not values.size:
         return pages
     call = jax.ffi.ffi_call("eejax_write", jax.ShapeDtypeStruct(pages.shape, pages.dtype), input_output_aliases={0: 0})

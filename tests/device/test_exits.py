@@ -13,7 +13,7 @@ import pytest
 from eejax.core.params import LOGIT_MEASURES, MEASURES
 from eejax.device import exits
 from eejax.device.exits import ExitRows, Observation
-from pallas_kernels.head import Best
+from pallas_kernels import Best
 from tests.reference import softmax
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.native import huge_pages
-from pallas_kernels.native.huge_pages import HUGE, collapse, spans
+from pallas_kernels.native.huge_pages import HUGE, spans, use_huge_pages
 
 
 def huge_bytes(address: int, size: int) -> int:
@@ -36,7 +36,7 @@ def test_arrays_move_into_huge_pages_and_stay_what_they_are():
     values = np.random.default_rng(0).standard_normal((6, HUGE // 4), np.float32)
     array = jnp.array(values)
     address = array.unsafe_buffer_pointer()
-    thread = collapse([array, jnp.ones(3)])
+    thread = use_huge_pages([array, jnp.ones(3)])
     if thread is None:
         pytest.skip("this system has no transparent huge pages, or wants none used")
     thread.join()
@@ -48,8 +48,8 @@ def test_arrays_move_into_huge_pages_and_stay_what_they_are():
 
 
 def test_little_is_left_alone():
-    assert collapse([jnp.ones(1000), jnp.ones((10, 10))]) is None
-    assert collapse([]) is None
+    assert use_huge_pages([jnp.ones(1000), jnp.ones((10, 10))]) is None
+    assert use_huge_pages([]) is None
 
 
 @pytest.mark.parametrize("setting", ["always madvise [never]\n", None])
@@ -58,10 +58,10 @@ def test_a_system_without_them_is_left_alone(monkeypatch, tmp_path, setting):
     if setting is not None:
         path.write_text(setting)
     monkeypatch.setattr(huge_pages, "SETTING", path)
-    assert collapse([jnp.ones((2, HUGE // 4))]) is None
+    assert use_huge_pages([jnp.ones((2, HUGE // 4))]) is None
 
 
 def test_what_is_not_jax_s_or_not_on_linux_is_left_alone(monkeypatch):
-    assert collapse([np.ones((2, HUGE // 4), np.float32)]) is None
+    assert use_huge_pages([np.ones((2, HUGE // 4), np.float32)]) is None
     monkeypatch.setattr(huge_pages.sys, "platform", "darwin")
-    assert collapse([jnp.ones((2, HUGE // 4))]) is None
+    assert use_huge_pages([jnp.ones((2, HUGE // 4))]) is None

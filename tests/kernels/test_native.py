@@ -19,12 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import projection
-from pallas_kernels.head import Best, head
+from pallas_kernels import Best, Norm, Slots, cache_folder, head, write
+from pallas_kernels import linear as product
 from pallas_kernels.implementation import VARIABLE
 from pallas_kernels.native import library, ops
-from pallas_kernels.pages import Slots, write
-from pallas_kernels.projection import Norm, dot, project
+from pallas_kernels.products import dot
 from tests.native_env import COMPILER, needs_native
 
 REPOSITORY = Path(__file__).parents[2]
@@ -43,7 +42,7 @@ def linear(weight: np.ndarray, x: np.ndarray) -> jax.Array:
     """`ops.linear`, built if it has not been."""
     arrays = jnp.asarray(weight), jnp.asarray(x)
     assert ops.linear_refusal(*arrays) is None
-    return ops.linear(*arrays)
+    return ops.linear(arrays[:1], arrays[1])[0]
 
 
 def check_product(rows: int, depth: int, columns: int) -> None:
@@ -125,7 +124,7 @@ def some_columns(columns: int, share: float) -> np.ndarray:
 @pytest.mark.parametrize(("rows", "depth"), [(37, 29), (300, 51), (0, 5), (4, 0)])
 def test_products_of_some_columns_leave_the_residual_in_the_others(rows, depth, share):
     assert ops.linear_refusal(jnp.ones((2, 2))) is None
-    some = jax.jit(lambda weight, x, residual, active: ops.linear(weight, x, residual=residual, active=active))
+    some = jax.jit(lambda weight, x, residual, active: product(weight, x, residual=residual, active=active))
     for columns in (1, 3, 8, 9, 16, 17, 32, 33, 100):
         weight, x, residual = normal(rows, depth), normal(depth, columns, seed=1), normal(rows, columns, seed=2)
         active = some_columns(columns, share)
@@ -139,9 +138,9 @@ def test_products_of_some_columns_leave_the_residual_in_the_others(rows, depth, 
 @pytest.mark.parametrize("share", SOME)
 def test_products_of_some_columns_are_those_of_these_columns_alone(share):
     """To the bit: a column's place does not matter. With a norm, gated, and in pairs with columns of their own."""
-    first, second, norm = normal(300, 51), normal(77, 51, seed=1), normal(51, seed=2)
-    gated = jax.jit(lambda x, active: ops.linear(first, x, norm, 1e-5, gated=True, active=active))
-    pair = jax.jit(lambda x, *active: ops.linear_pair(first, second, x, norm, 1e-5, active))
+    first, second, norm = map(jnp.asarray, (normal(300, 51), normal(77, 51, seed=1), normal(51, seed=2)))
+    gated = jax.jit(lambda x, active: product(first, x, norm=Norm(norm, 1e-5), gated=True, active=active))
+    pair = jax.jit(lambda x, *active: product((first, second), x, norm=Norm(norm, 1e-5), active=active))
     for columns in (7, 20, 50):
         x, active = normal(51, columns, seed=3), some_columns(columns, share)
         more = active | some_columns(columns, 0.3)
@@ -150,7 +149,7 @@ def test_products_of_some_columns_are_those_of_these_columns_alone(share):
             (active, pair(x, active, more)[0], first, False),
             (more, pair(x, active, more)[1], second, False),
         ):
-            alone = ops.linear(weight, jnp.asarray(x[:, some]), norm, 1e-5, gated=is_gated)
+            alone = product(weight, jnp.asarray(x[:, some]), norm=Norm(norm, 1e-5), gated=is_gated)
             np.testing.assert_array_equal(np.asarray(found)[:, some], alone, f"{columns} columns")
 
 
@@ -201,12 +200,11 @@ def test_head_writes_logits_in_place_and_none_where_none_are_wanted():
 
 @needs_native
 def test_two_products_of_one_normed_x_are_each_what_it_would_be_alone():
-    first, second, norm = normal(300, 51), normal(77, 51, seed=1), normal(51, seed=2)
-    assert ops.linear_refusal(first, second, norm) is None
+    first, second, norm = map(jnp.asarray, (normal(300, 51), normal(77, 51, seed=1), normal(51, seed=2)))
     for columns in (1, 3, 8, 9, 16, 32, 100):
-        x = jnp.asarray(normal(51, columns, seed=3))
-        for found, weight in zip(ops.linear_pair(first, second, x, norm, 1e-5), (first, second), strict=True):
-            np.testing.assert_array_equal(found, ops.linear(weight, x, norm, 1e-5))
+        x, before = jnp.asarray(normal(51, columns, seed=3)), Norm(norm, 1e-5)
+        for found, weight in zip(product((first, second), x, norm=before), (first, second), strict=True):
+            np.testing.assert_array_equal(found, product(weight, x, norm=before))
 
 
 @needs_native
@@ -259,7 +257,7 @@ def test_other_types_are_refused(dtypes):
 
 def lowered(weight: jax.Array, x: jax.Array) -> str:
     def traced_anew(weight: jax.Array, x: jax.Array) -> jax.Array:
-        return project(weight, x)
+        return product(weight, x)
 
     return jax.jit(traced_anew).lower(weight, x).as_text()
 
@@ -286,7 +284,7 @@ def test_projections_and_their_gradients_are_those_of_xla(tokens):
         of = jax.value_and_grad(functools.partial(loss, product), argnums=(0, 1), has_aux=True)
         return jax.tree.leaves(jax.jit(of)(weight, x))
 
-    for found, expected in zip(both(project), both(dot), strict=True):
+    for found, expected in zip(both(product), both(dot), strict=True):
         assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
         np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)  # numbers of size 4
 
@@ -295,19 +293,22 @@ def test_projections_and_their_gradients_are_those_of_xla(tokens):
 def test_projections_can_be_mapped():
     weights, xs = jnp.asarray(normal(3, 6, 19)), jnp.asarray(normal(3, 19, 5))
     expected = np.asarray(weights, np.float64) @ np.asarray(xs)
-    np.testing.assert_allclose(jax.vmap(project)(weights, xs), expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(jax.vmap(product)(weights, xs), expected, rtol=0, atol=1e-5)
     of_one = np.asarray(weights[0], np.float64) @ np.asarray(xs)
-    np.testing.assert_allclose(jax.vmap(project, (None, 0))(weights[0], xs), of_one, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(jax.vmap(product, (None, 0))(weights[0], xs), of_one, rtol=0, atol=1e-5)
 
 
 EPS = 0.1
 """Large enough to matter."""
 COMPOSITIONS: dict[str, Callable] = {
-    "norm": lambda weight, x, norm, residual: projection.linear(weight, x, Norm(norm, EPS)),
-    "residual": lambda weight, x, norm, residual: projection.linear(weight, x, None, residual),
-    "both": lambda weight, x, norm, residual: projection.linear(weight, x, Norm(norm, EPS), residual),
-    "gated": lambda weight, x, norm, residual: projection.gated_linear(weight, x),
-    "gated norm": lambda weight, x, norm, residual: projection.gated_linear(weight, x, Norm(norm, EPS)),
+    "norm": lambda weight, x, norm, residual: product(weight, x, norm=Norm(norm, EPS)),
+    "residual": lambda weight, x, norm, residual: product(weight, x, residual=residual),
+    "both": lambda weight, x, norm, residual: product(weight, x, norm=Norm(norm, EPS), residual=residual),
+    "gated": lambda weight, x, norm, residual: product(weight, x, gated=True),
+    "gated norm": lambda weight, x, norm, residual: product(weight, x, norm=Norm(norm, EPS), gated=True),
+    "pair": lambda weight, x, norm, residual: jnp.concatenate(
+        product((weight, weight[::2] * 2), x, norm=Norm(norm, EPS))
+    ),
 }
 
 
@@ -449,10 +450,10 @@ def test_without_a_compiler_xla_does_the_work(new_process, monkeypatch, tmp_path
     assert all(part in refusal for part in ("no C compiler", *library.COMPILERS, "CC"))
     weight, x = jnp.asarray(normal(4, 3)), jnp.asarray(normal(3, 2))
     assert "eejax_linear" not in lowered(weight, x)
-    np.testing.assert_array_equal(project(weight, x), dot(weight, x))
+    np.testing.assert_array_equal(product(weight, x), dot(weight, x))
     monkeypatch.setenv(VARIABLE, "native")
     with pytest.raises(ValueError) as caught:
-        project(weight, x)
+        product(weight, x)
     assert f"{VARIABLE} is 'native'" in str(caught.value) and refusal in str(caught.value)
     assert not files_in(tmp_path)
 
@@ -529,13 +530,13 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("EEJAX_CACHE_DIR")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert library.cache_folder() == tmp_path / ".cache" / "eejax"
+    assert cache_folder() == tmp_path / ".cache" / "eejax"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert library.cache_folder() == tmp_path / "xdg" / "eejax"
+    assert cache_folder() == tmp_path / "xdg" / "eejax"
     monkeypatch.setenv("EEJAX_CACHE_DIR", str(tmp_path / "mine"))
-    assert library.cache_folder() == tmp_path / "mine"
+    assert cache_folder() == tmp_path / "mine"
     monkeypatch.setenv("EEJAX_CACHE_DIR", "off")
-    assert library.cache_folder() is None
+    assert cache_folder() is None
 
 
 def test_windows_is_refused(new_process, monkeypatch):

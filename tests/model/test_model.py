@@ -20,7 +20,7 @@ from eejax.model.transformer import (
     param_shapes,
     rope_frequencies,
 )
-from pallas_kernels.projection import rope, rotation
+from pallas_kernels import rope, rotation
 from tests.cases import BASE, SHAPES, random_model, random_params, random_prompt, shape_config
 from tests.reference import Reference, Seen, confidence, float_tree, generate
 
