@@ -14,6 +14,7 @@ import numpy as np
 
 from bench.kernels.timing import (
     MAX_SETS,
+    Repetitions,
     Step,
     Timing,
     compare,
@@ -169,8 +170,7 @@ def measure(
         _step(None),
         state,
         data,
-        turns=turns,
-        repeats=repeats,
+        repetitions=Repetitions(turns, repeats),
         result=lambda state: state[1] + state[0].astype(jnp.float32),
         profiled=("mosaic",) if profile else (),
     )

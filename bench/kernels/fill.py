@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from bench.common import random_params
-from bench.kernels.timing import MAX_SETS, Step, Timing, compare, sets_for, turns_for
+from bench.kernels.timing import MAX_SETS, Repetitions, Step, Timing, compare, sets_for, turns_for
 from eejax.core import CacheConfig, ModelConfig
 from eejax.device import PagedKVCache, Slots, init_cache, slots_of, write
 from eejax.model import bind
@@ -153,9 +153,9 @@ def measure(
         _empty_step,
         state,
         data,
-        turns=turns or turns_for(case.sets * case.weight_bytes, bandwidth),
-        calls_per_turn=case.sets,
-        repeats=repeats,
+        repetitions=Repetitions(
+            turns or turns_for(case.sets * case.weight_bytes, bandwidth), repeats, calls_per_turn=case.sets
+        ),
         result=written,
         unchecked=("full",),
         profiled=("mosaic",) if profile else (),

@@ -112,28 +112,36 @@ def copy_bandwidth(size: int, repeats: int = 5) -> float:
     return 2 * 4 * count * copies / median([seconds_of(run) for _ in range(repeats)])
 
 
+@dataclass(frozen=True, slots=True)
+class Repetitions:
+    """Programs are timed `repeats` times; each takes `turns` turns, and a turn makes `calls_per_turn` calls."""
+
+    turns: int
+    repeats: int
+    calls_per_turn: int = 1
+
+
 def compare[State, Data](
     steps: Mapping[str, Step[State, Data]],
     empty: Step[State, Data],
     state: State,
     data: Data,
     *,
-    turns: int,
-    calls_per_turn: int = 1,
-    repeats: int,
+    repetitions: Repetitions,
     result: Callable[[State], jax.Array],
     unchecked: tuple[str, ...] = (),
     profiled: tuple[str, ...] = (),
 ) -> dict[str, Timing]:
-    """Time implementations in turn, A B A B ..., and hold each one's result against that of `xla`.
+    """Time implementations in turn, A B A B ..., and compare each one's result with that of `xla`.
 
     Args:
         steps: by name; one that cannot be compiled or run gets a reason instead of a time.
         empty: a turn that touches the same state, without the call. One such turn is what starting a program costs.
         result: what to compare, of the state after all turns.
-        unchecked: names whose result is another thing.
-        profiled: names whose kernels a profiler looks at, too.
+        unchecked: names whose result is not comparable.
+        profiled: names whose kernels are timed by a profiler as well.
     """
+    turns = repetitions.turns
     ready: dict[str, Callable[[], State]] = {"": lambda: program(empty, 1)(state, data)}
     jax.block_until_ready(ready[""]())
     results: dict[str, jax.Array] = {}
@@ -146,10 +154,10 @@ def compare[State, Data](
         except Exception as error:
             found[name] = Timing(reason=one_line(error))
     samples: dict[str, list[float]] = {name: [] for name in ready}
-    for _ in range(repeats):
+    for _ in range(repetitions.repeats):
         for name, run in ready.items():
             samples[name].append(seconds_of(run))
-    calls = turns * calls_per_turn
+    calls = turns * repetitions.calls_per_turn
     for name, value in results.items():
         error = None if name in unchecked or "xla" not in results else relative_error(value, results["xla"])
         seconds = (median(samples[name]) - median(samples[""])) / calls

@@ -24,7 +24,7 @@ from bench.cost import (
     prefill_ops,
 )
 from bench.rounds import Answer, Round, request_params, run_round
-from bench.shapes import SHAPES, shape
+from bench.shapes import shape
 from eejax import ConfigError, EarlyExitParams, InvalidRequestError
 from eejax.core import EngineOptions, ExitConfig, ModelConfig
 from eejax.model.transformer import count_params, init_params
@@ -237,17 +237,6 @@ def test_engine_options() -> None:
         chosen("--fill", "late")
 
 
-def test_shapes_have_the_sizes_they_are_named_after() -> None:
-    sizes = {"llama-20m": 22e6, "llama-125m": 125e6, "llama-1b": 1.1e9}
-    for name, size in sizes.items():
-        config = SHAPES[name]
-        cost = ModelCost.of(config, 4)
-        output = 0 if config.tie_embeddings else config.vocab_size * config.hidden_size
-        total = config.n_layers * cost.block_params + cost.head_params[config.n_layers] + output
-        assert total == pytest.approx(size, rel=0.01)
-        assert [round(3 * layer / config.n_layers) for layer in config.exits.layers] == [1, 2]
-
-
 def test_random_prompts_are_seeded() -> None:
     one, same, other = (common.random_prompts(2, 50, 64, seed) for seed in (1, 1, 2))
     assert one == same
@@ -357,15 +346,3 @@ def test_usage_errors(capsys: pytest.CaptureFixture[str], arguments: list[str]) 
         main(["latency", *arguments])
     assert stopped.value.code == 2
     assert "usage" in capsys.readouterr().err
-
-
-def test_a_dry_run_of_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--random", "tiny", "--num-iters", "1", "--max-shard-bytes", "9000", "--folder", str(tmp_path)]
-    assert main(["convert", *options, "--output-json", str(tmp_path / "out.json")]) == 0
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result == json.loads((tmp_path / "out.json").read_text())
-    assert result["parameters"] == count_params(init_params(shape("tiny", ())))
-    assert result["stored_bytes"] > 2 * result["parameters"]
-    assert set(result["modes"]) == {"copy", "convert", "reverse"}
-    assert all(mode["peak_bytes"] > 0 for mode in result["modes"].values())
-    assert [file.name for file in tmp_path.iterdir()] == ["out.json"]

@@ -20,6 +20,7 @@ from bench.kernels.fill import FillCase
 from bench.kernels.timing import (
     COLD_BYTES,
     MAX_TURNS,
+    Repetitions,
     Timing,
     compare,
     judge,
@@ -95,8 +96,7 @@ def test_a_failing_or_wrong_implementation_becomes_a_row() -> None:
         lambda turn, state, data: state,
         jnp.zeros(100_000),
         jnp.ones(100_000),
-        turns=3,
-        repeats=1,
+        repetitions=Repetitions(turns=3, repeats=1),
         result=lambda state: state,
         unchecked=("other",),
     )

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,7 +29,7 @@ from bench.peers.engines import (
 from bench.peers.models import MODELS, Least, PeerModel, Request, Workload, find_model, make_workload
 from bench.peers.rounds import Case, Entry, compare, rotated, summary
 from bench.peers.tables import fastest_peer
-from bench.process import ProcessFailedError, run_process
+from bench.process import ProcessFailedError
 from eejax.core.errors import ConfigError
 from eejax.text.tokenizer import load_tokenizer
 
@@ -226,40 +224,6 @@ def test_peers_that_are_not_installed(tmp_path: Path) -> None:
     assert line.startswith(f"python3.11 -m venv {python.parents[1]} && ")
     assert "openvino-genai" in line and line.endswith("uninstall -y torchvision")
     assert python_of("hf", {"hf": Path("/other/python")}, tmp_path) == Path("/other/python")
-
-
-def test_processes_that_fail_say_why(tmp_path: Path) -> None:
-    log = tmp_path / "logs" / "log"
-    with pytest.raises(ProcessFailedError, match="exit code 3, no model"):
-        run_process([sys.executable, "-c", "print('no model'); raise SystemExit(3)"], log, 60, {})
-    with pytest.raises(ProcessFailedError, match="stopped after"):
-        run_process([sys.executable, "-c", "import time; time.sleep(60)"], log, 0.05, {})
-    with pytest.raises(ProcessFailedError, match="no/such"):
-        run_process(["no/such/python"], log, 60, {})
-
-
-PARENT = """
-import sys
-from pathlib import Path
-from bench.process import run_process
-
-script = "sh -c 'echo begun; sleep 10; echo survived' > $PIPE & wait"
-run_process(["sh", "-c", script], Path("log"), 60, {"PIPE": sys.argv[1]})
-"""
-
-
-def test_sigterm_ends_the_engine_and_what_it_started(tmp_path: Path) -> None:
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    paths = os.pathsep.join(path for path in sys.path if path)
-    parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT, pipe], cwd=tmp_path, env=os.environ | {"PYTHONPATH": paths}
-    )
-    with pipe.open() as news:
-        assert news.readline() == "begun\n"
-        parent.send_signal(signal.SIGTERM)
-        assert parent.wait(60) == 128 + signal.SIGTERM
-        assert news.read() == ""  # ends with the last process that holds the pipe
 
 
 def fake(tmp_path: Path, missing: int) -> Engine:
