@@ -58,24 +58,24 @@ EXITS_DEMO = Measurement(
     "exits --measures margin --thresholds 0.6 --batch-sizes 1,32 --batch-rule rows --speed-prompts 2 "
     "--quality-prompts 64 --max-tokens 128 --num-iters 9",
     "--quality-prompts 2 --max-tokens 8 --output-len 8 --num-iters 1",
-    100,
+    150,
 )
 EXITS_125M = Measurement(
     "exits --random llama-125m --replay 0.7,0.2 --batch-sizes 1,32 --batch-rule rows --speed-prompts 1 --output-len 64",
     "--output-len 4 --num-iters 1",
-    150,
+    200,
 )
 SCHEDULE = Measurement(
     "schedule --rows static,paper,fcfs,length_hidden --regimes limited --modes full_depth --rates none "
     "--num-prompts 64 --max-tokens 256 --num-iters-warmup 0",
     "--num-prompts 8 --max-tokens 48 --num-iters 1",
-    240,
+    270,
 )
-START = Measurement("start", "--num-iters 1", 150)
+START = Measurement("start", "--num-iters 1", 200)
 PEERS = Measurement(
     "peers --model S --workload b1,b32 --peer openvino,ort,llamacpp --rounds 5 --no-wait",
     "--rounds 1",
-    260,
+    300,
 )
 
 
