@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import jax
@@ -24,7 +24,7 @@ from bench.latency import decode_window, speedups, summary
 from bench.rounds import Round, request_params, run_round, token_costs
 from bench.shapes import SHAPES, shape
 from eejax import LLM, EarlyExitParams
-from eejax.core import MIN_PREFILL_BUCKET, CacheConfig, DecodeConfig, EngineConfig, FillMode, SchedulerConfig, bucket_of
+from eejax.core import MIN_PREFILL_BUCKET, EngineConfig, EngineOptions, FillMode, bucket_of
 from eejax.device import Runner, default_num_pages, resolve_dtype
 from eejax.model import param_shapes
 from pallas_kernels.control_flow import VARIABLE
@@ -52,19 +52,22 @@ RUNS = {
 """A step of `full` has no branch, so their form does not matter there."""
 
 
+def options_of(batch: int, length: int, run: Run) -> EngineOptions:
+    """Options of the engine for this run."""
+    return EngineOptions(dtype="bfloat16", max_model_len=length, max_num_seqs=batch, fill=run.fill, rebatching="never")
+
+
 def build(model: str, params: dict, batch: int, length: int, run: Run) -> LLM:
     """The model in an engine for this run, whose programs are still to be compiled."""
     os.environ[VARIABLE] = run.branches
-    options = {"max_model_len": length, "max_num_seqs": batch, "dtype": "bfloat16"}
-    return LLM.from_params(shape(model), params, fill=run.fill, rebatching="never", **options)
+    return LLM.from_params(shape(model), params, **asdict(options_of(batch, length, run)))
 
 
 def engine_config(model: str, batch: int, length: int, run: Run) -> EngineConfig:
     """The configuration that `build` arrives at, without weights."""
-    config = shape(model)
-    pages = default_num_pages(config, length, batch, 64, resolve_dtype("bfloat16").itemsize)
-    decode = DecodeConfig("auto", run.fill, "never")
-    return EngineConfig(config, CacheConfig(pages, 64), SchedulerConfig(batch), decode, max_model_len=length)
+    config, options = shape(model), options_of(batch, length, run)
+    itemsize = resolve_dtype(options.dtype).itemsize
+    return options.engine_config(config, default_num_pages(config, length, batch, options.page_size, itemsize))
 
 
 def compile_ahead(model: str, batch: int, lengths: tuple[int, int], names: list[str]) -> int:

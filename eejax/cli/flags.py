@@ -34,7 +34,7 @@ def flags_of(
     """
     defaults, texts = defaults or {}, help_of(options)
     names = [name for name in texts if name not in without and (not only or name in only)]
-    own = {field.name: field.default for field in dataclasses.fields(options)} | defaults
+    own = {**{field.name: field.default for field in dataclasses.fields(options)}, **defaults}
     return [
         inspect.Parameter(
             name,

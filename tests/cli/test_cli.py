@@ -418,7 +418,7 @@ def test_demo_table(checkpoint: Path, tmp_path: Path, threshold: str, skipped: s
 
 
 def test_demo_says_where_it_looked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(demo, "__file__", str(tmp_path / "eejax" / "demo.py"))
+    monkeypatch.setattr(demo, "__file__", str(tmp_path / "eejax" / "cli" / "demo.py"))
     refused(run("demo"), str(tmp_path / "checkpoints" / "demo"))
 
 
