@@ -1,16 +1,18 @@
 """The scheduling of Zheng et al. (arXiv 2305.13144), on our scheduler: what `bench.schedule` compares with.
 
 A group of requests is ordered by predicted length and cut into batches (their section 4). A batch is static: it runs
-until its longest answer ends, or until its predicted length, and nobody joins it meanwhile.
+until its longest answer ends, or until its predicted length, and no sequence joins it meanwhile.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
+from typing import Any
 
-from eejax.core import LengthEstimate, Sequence
-from eejax.schedule import Selection, Static
+from eejax.core import LengthEstimate, MicroBatch, SchedulerConfig, Sequence
+from eejax.schedule import PageAllocator, Scheduler, Selection, Static
 
 BIN = 50
 """Predicted lengths are rounded up to multiples of this many tokens, as in the paper."""
@@ -23,8 +25,8 @@ class MicroBatches(Static):
     budget, at most `max_num_seqs`.
 
     Args:
-        max_num_seqs: rows of a batch at the most.
-        max_chunk_steps: decode steps in one device call at the most.
+        max_num_seqs: rows of a batch at most.
+        max_chunk_steps: decode steps in one device call at most.
         num_pages, page_size: of the cache.
         group: requests, in order of arrival, that are ordered among each other.
         ordered: the group is ordered by predicted length, in bins.
@@ -74,26 +76,23 @@ class MicroBatches(Static):
         """The whole budget, or what the prediction leaves of it."""
         return max(1, self._reserved(seq) - len(seq.output_token_ids))
 
-    def drop(self, held: Seq[Sequence]) -> list[Sequence]:
-        """With `fcr`, what has reached the end of its batch without being finished. It loses its tokens as well."""
+    def failures(self, held: Seq[Sequence]) -> list[Sequence]:
+        """With `fcr`, the rows that have reached the end of their batch unfinished. They are no longer part of it."""
         if not self._fcr or self._batch.isdisjoint(held):
             return []
         failed = [seq for seq in held if len(seq.output_token_ids) >= self._limit]
-        for seq in failed:
-            seq.truncate(0)
-            seq.first_token_time = None
         self._batch = self._batch.difference(failed)
         return failed
 
     def select(self, held: Seq[Sequence], longest: int) -> Selection:
-        """All that are left of the batch, at the batch's width, up to its end."""
+        """All unfinished rows of the batch, at the batch's width, up to its end."""
         if self._batch.isdisjoint(held):
             self._limit = max(map(self._predicted, held))
         chosen = super().select(held, longest)
         if not self._fcr:
             return chosen
         left = self._limit - min(len(seq.output_token_ids) for seq in held)
-        return Selection(chosen.rows, max(1, min(longest, left)), chosen.width)
+        return Selection(chosen.rows, max(1, min(longest, left)))
 
     def victim(self, held: Seq[Sequence]) -> Sequence:
         """The youngest; it comes again in another batch."""
@@ -122,3 +121,33 @@ class MicroBatches(Static):
             return budget
         length = (seq.estimate or LengthEstimate.unknown(budget)).quantile(self._quantile)
         return min(budget, BIN * math.ceil(length / BIN))
+
+
+class PaperScheduler(Scheduler):
+    """`Scheduler` with `MicroBatches`, which discards failures before it decides on a batch.
+
+    Args:
+        paper: options of `MicroBatches`.
+        others: arguments of `Scheduler`.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        allocator: PageAllocator,
+        *,
+        page_size: int,
+        paper: Mapping[str, Any],
+        **others: Any,
+    ) -> None:
+        slots, chunk, num_pages = config.max_num_seqs, config.max_chunk_steps, allocator.num_pages
+        self._paper = MicroBatches(slots, chunk, num_pages=num_pages, page_size=page_size, **paper)
+        super().__init__(config, allocator, page_size=page_size, policy=self._paper, **others)
+
+    def schedule(self, max_steps: int | None = None) -> MicroBatch | None:
+        """As `Scheduler.schedule`. Failures lose their pages and their tokens first, and wait again."""
+        for seq in self._paper.failures(self._held):
+            seq.truncate(0)
+            seq.first_token_time = None
+            self._preempt(seq)
+        return super().schedule(max_steps)

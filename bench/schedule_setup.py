@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import random
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from rich.progress import track
 
 from bench.common import ModelOptions, at_least, early_exit_params
 from bench.drive import Answers, OraclePredictor, answer_all
-from bench.paper import MicroBatches
+from bench.paper import PaperScheduler
 from eejax import LLM, SamplingParams
-from eejax.core import ConfigError, EarlyExitParams, PolicyName, PredictorName, PromptLike, SchedulerConfig
-from eejax.schedule import LengthHeads, LengthPredictor, Policy, load_length_heads, make_predictor
+from eejax.core import ConfigError, EarlyExitParams, PolicyName, PredictorName, PromptLike
+from eejax.schedule import LengthHeads, LengthPredictor, Scheduler, load_length_heads, make_predictor
 from eejax.text import prompt_ids, read_prompts
 
 REGIMES = ("roomy", "limited")
@@ -31,7 +32,7 @@ LONGEST_RANDOM_PROMPT = 48
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One way to schedule: a policy of ours, or the paper's method with these options (`MicroBatches`)."""
+    """One way to schedule: a policy of ours, or the paper's method with these options (`bench.paper.MicroBatches`)."""
 
     policy: PolicyName = "static"
     predictor: PredictorName | str = "constant"
@@ -78,21 +79,11 @@ def parsed(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Na
     return args
 
 
-def paper_policy(
-    row: Row, config: SchedulerConfig, *, num_pages: int, page_size: int, max_rows: int, quantile: float
-) -> MicroBatches | None:
-    """What the paper's rows schedule by; None for the others."""
+def paper_scheduler(row: Row, *, max_rows: int, quantile: float) -> Callable[..., Scheduler] | None:
+    """The maker of the scheduler for the paper's rows; None for the others."""
     if row.paper is None:
         return None
-    return MicroBatches(
-        config.max_num_seqs,
-        config.max_chunk_steps,
-        num_pages=num_pages,
-        page_size=page_size,
-        max_rows=max_rows,
-        quantile=quantile,
-        **row.paper,
-    )
+    return partial(PaperScheduler, paper={**row.paper, "max_rows": max_rows, "quantile": quantile})
 
 
 class Bench:
@@ -170,18 +161,6 @@ class Bench:
         missing |= {"perception"} if self.llm.tokenizer is None else set()
         return {name: row for name, row in ROWS.items() if row.paper is not None or row.predictor not in missing}
 
-    def policy(self, row: Row, num_pages: int) -> Policy | None:
-        """The paper's policy for the paper's rows; None leaves it to the configuration."""
-        args, config = self.args, self.llm.config
-        return paper_policy(
-            row,
-            config.scheduler,
-            num_pages=num_pages,
-            page_size=config.cache.page_size,
-            max_rows=args.vbs_num_seqs,
-            quantile=args.paper_quantile,
-        )
-
     def learn_answers(self) -> None:
         """Answer everything once in each mode, and keep the answers: the oracle's lengths, and what rows must equal."""
         self.llm.warm_up()
@@ -200,8 +179,8 @@ class Bench:
         """Answer everything once in this way."""
         pages = self.num_pages[regime]
         config = replace(self.llm.config.scheduler, policy=row.policy)
-        predictor, policy = self.predictor(row, mode), self.policy(row, pages)
-        self.engine.reschedule(config, policy=policy, predictor=predictor, num_pages=pages)
+        scheduler = paper_scheduler(row, max_rows=self.args.vbs_num_seqs, quantile=self.args.paper_quantile)
+        self.engine.reschedule(config, predictor=self.predictor(row, mode), num_pages=pages, scheduler=scheduler)
         answers = answer_all(self.engine, *self.requests(mode), arrivals)
         for i, (mine, known) in enumerate(zip(answers.outputs, self.reference[mode].outputs, strict=True)):
             if mine.token_ids != known.token_ids:

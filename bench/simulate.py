@@ -24,7 +24,7 @@ from bench.drive import Answers
 from bench.plots import plot_bars, require_matplotlib
 from bench.schedule import fitted
 from bench.schedule_rows import Outcome, figures, rows_table, with_ratios
-from bench.schedule_setup import MODES, REGIMES, ROWS, Bench, paper_policy, parsed, request_options
+from bench.schedule_setup import MODES, REGIMES, ROWS, Bench, paper_scheduler, parsed, request_options
 from bench.simulator import SimulatedRequest, simulate
 from bench.step_model import DecodeCall, StepModel
 from eejax.core import LEVELS, ConfigError, LengthEstimate, SchedulerConfig
@@ -42,7 +42,7 @@ billion parameters in 16 bits at 3 TB/s; a page of 64 tokens holds 8 MB)."""
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What is simulated: a device's costs, slots (and rows of the paper's batches at the most), and pages."""
+    """What is simulated: a device's costs, slots (and rows of the paper's batches at most), and pages."""
 
     cost: StepModel
     slots: int
@@ -71,25 +71,17 @@ def _counts(text: str) -> tuple[int, ...]:
 
 
 def run(name: str, requests: Sequence[SimulatedRequest], on: Machine, paper_quantile: float) -> Outcome:
-    """Simulate one of the rows of `bench.schedule`. Who knows the lengths sees them; others see the estimates."""
+    """Simulate one of the rows of `bench.schedule`. The oracle's rows see the lengths; others see the estimates."""
     row = ROWS[name]
     if row.predictor == "oracle":
         requests = [replace(one, estimate=LengthEstimate.exactly(one.length, one.max_tokens)) for one in requests]
-    config = SchedulerConfig(on.slots, policy=row.policy)
     return simulate(
         requests,
-        config,
+        SchedulerConfig(on.slots, policy=row.policy),
         num_pages=on.num_pages,
         page_size=on.page_size,
         cost=on.cost,
-        policy=paper_policy(
-            row,
-            config,
-            num_pages=on.num_pages,
-            page_size=on.page_size,
-            max_rows=on.paper_rows,
-            quantile=paper_quantile,
-        ),
+        scheduler=paper_scheduler(row, max_rows=on.paper_rows, quantile=paper_quantile),
         learnt=StepCost(compacts=on.compacts),
         exits=on.exits,
         prefill_chunk=on.prefill_chunk,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from bench.schedule_rows import Outcome
@@ -21,7 +21,7 @@ from eejax.core import (
     batch_size,
 )
 from eejax.core import Sequence as Row
-from eejax.schedule import PageAllocator, Policy, Scheduler, StepCost
+from eejax.schedule import PageAllocator, Scheduler, StepCost
 
 STOP, TOKEN = 1, 2
 
@@ -53,7 +53,7 @@ def simulate(
     num_pages: int,
     page_size: int,
     cost: StepModel,
-    policy: Policy | None = None,
+    scheduler: Callable[..., Scheduler] | None = None,
     learnt: StepCost | None = None,
     exits: tuple[int, ...] = (12,),
     prefill_chunk: int = 512,
@@ -62,8 +62,8 @@ def simulate(
 
     Args:
         cost: what the calls take.
-        policy: None takes the one that `config` names.
-        learnt: what the scheduler knows of that, and is taught by every step; None begins anew.
+        scheduler: makes the scheduler; `Scheduler` itself by default.
+        learnt: what the scheduler knows of that, and learns from every step; None begins anew.
         exits: where tokens may leave, in blocks, the last being the depth of the model.
         prefill_chunk: prompt tokens in one prefill call at the most.
 
@@ -72,7 +72,7 @@ def simulate(
     """
     allocator = PageAllocator(num_pages)
     learnt = learnt or StepCost()
-    scheduler = Scheduler(config, allocator, page_size=page_size, policy=policy, cost=learnt)
+    scheduling = (scheduler or Scheduler)(config, allocator, page_size=page_size, cost=learnt)
     device = _Device(cost, page_size, exits, prefill_chunk, config.max_num_seqs, learnt.compacts)
     rows = [_request(i, request, exits[-1]).sequences[0] for i, request in enumerate(requests)]
     device.known = dict(zip(rows, requests, strict=True))
@@ -86,8 +86,8 @@ def simulate(
         while due < len(coming) and device.known[coming[due]].arrival <= now:
             due += 1
         before = time.thread_time()
-        scheduler.add(coming[arrived:due])
-        batch = scheduler.schedule()
+        scheduling.add(coming[arrived:due])
+        batch = scheduling.schedule()
         schedule_seconds += time.thread_time() - before
         arrived = due
         if batch is None:
@@ -100,12 +100,8 @@ def simulate(
         page_seconds += allocator.num_used * seconds
         now += seconds
         before = time.thread_time()
-        scheduler.update(batch, result)
+        scheduling.update(batch, result, seconds)
         schedule_seconds += time.thread_time() - before
-        if steps := result.counts.steps:
-            pages, blocks = -(-max(row.num_tokens for row in batch.rows) // page_size), steps * exits[-1]
-            ran, computed = result.counts.blocks_run / blocks, result.counts.row_blocks / blocks
-            learnt.observe(ran, computed, pages, seconds / steps)
         first.update((row, now) for row in fresh)
         for row in batch.rows:
             if row.finish_reason is not None:

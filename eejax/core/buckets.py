@@ -12,11 +12,11 @@ def bucket_of(count: int, smallest: int = 1) -> int:
 
 
 def batch_size(count: int, most: int, padding_is_free: bool) -> int:
-    """Rows of the program that decodes `count` of them: a power of two.
+    """Rows of the program that decodes `count` rows: a power of two.
 
     Args:
-        most: rows of the largest batch as a rule.
-        padding_is_free: kernels leave padding out. Fewer sizes do then: 1, 8, 32, 128, ... and the largest.
+        most: rows of the largest batch, apart from wider static ones.
+        padding_is_free: kernels leave padding out. Fewer sizes suffice then: 1, 8, 32, 128, ... and the largest.
     """
     size, top = bucket_of(count), bucket_of(most)
     if not padding_is_free or size == 1:
@@ -34,7 +34,7 @@ class Piece(NamedTuple):
 
 
 def cut_prefill(spans: Sequence[tuple[int, int]], chunk: int, max_rows: int) -> list[list[Piece]]:
-    """Rows' positions `begin .. end - 1`, one row behind another, cut into calls.
+    """Rows' positions `begin .. end - 1`, one row after another, cut into calls.
 
     A row that does not fit into what is left of a call goes on in the next one.
 

@@ -1,4 +1,4 @@
-"""How long an answer will be, as a distribution: what predictors say and what the scheduler asks. No jax here."""
+"""The distribution of an answer's length: predictors make it and the scheduler reads it. No jax here."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class LengthEstimate:
     """The distribution of one answer's length, in tokens.
 
     Between the given quantiles, and beyond them down to one token and up to `max_tokens`, the logarithm of the length
-    is linear in the probability: a row that outlives every quantile still has a tail, as long as what it has lived.
+    is linear in the probability, so a row that outlives every quantile still has a tail.
 
     Attributes:
         quantiles: lengths at `LEVELS`, ascending, within `1..max_tokens`.
@@ -28,9 +28,9 @@ class LengthEstimate:
 
     @classmethod
     def of(cls, quantiles: Sequence[float], max_tokens: int) -> LengthEstimate:
-        """An estimate from whatever a predictor said: cut to `1..max_tokens`, made ascending.
+        """An estimate from a predictor's numbers, cut to `1..max_tokens` and sorted.
 
-        What is no number at all (NaN), or not as many numbers as `LEVELS`, is worth the estimate that knows nothing.
+        If one of them is NaN, or there are not as many as `LEVELS`, the estimate is `unknown`.
         """
         values = [float(value) for value in quantiles]
         if len(values) != len(LEVELS) or any(math.isnan(value) for value in values):
@@ -44,7 +44,7 @@ class LengthEstimate:
 
     @classmethod
     def unknown(cls, max_tokens: int) -> LengthEstimate:
-        """Nothing is known but the limit: every order of magnitude up to it is as likely as any other."""
+        """Only the limit is known: the logarithm of the length is uniform up to it."""
         return cls(tuple(float(max_tokens) ** level for level in LEVELS), max_tokens)
 
     def quantile(self, probability: float, longer_than: int = 0) -> float:

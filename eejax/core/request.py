@@ -1,4 +1,4 @@
-"""How the host keeps track of a request, what it hands to the device, and what the user gets back. No jax here."""
+"""Requests, their sequences, what the scheduler and the device exchange, and what the user gets back. No jax here."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ class Request:
     """A validated request. `max_tokens` is already cut to what the model's length allows.
 
     Attributes:
-        thresholds: one per exit, infinite where no token may leave; `may_leave` somewhere.
+        thresholds: one per exit, infinite where no token may exit.
         priority: requests of a lower number go first.
-        deadline: on the monotonic clock, in seconds; what is not finished then ends as it is.
+        deadline: on the monotonic clock, in seconds; answers that are unfinished then end as they are.
+        may_leave: whether tokens may exit early anywhere.
     """
 
     request_id: str
@@ -62,11 +63,11 @@ class Request:
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One answer in the making: its tokens, and where its KV lies.
+    """One answer in the making: its tokens, and the pages of its KV.
 
     Attributes:
         exit_layers: blocks run for each answer token; the first comes from prefill, at full depth.
-        exit_counts: how many of the decoded tokens left at which layer.
+        exit_counts: how many of the decoded tokens exited at each layer.
         pages: physical pages in order of position; this sequence holds one reference to each.
         num_cached: leading tokens whose K and V are in the cache.
         number: order of arrival at the scheduler; `arrival` is its clock then, in decode steps.
@@ -140,9 +141,14 @@ class Sequence:
             self.finish("length")
 
     def truncate(self, length: int) -> None:
-        """Forget answer tokens behind the first `length`."""
+        """Forget answer tokens after the first `length`."""
         del self.output_token_ids[length:], self.exit_layers[length:], self.logprobs[length:]
         self.exit_counts = Counter(self.exit_layers[1:])
+
+    def take_estimate(self, estimate: LengthEstimate) -> None:
+        """Take over a predictor's estimate, its lengths cut to `1..max_tokens`."""
+        self.estimate = LengthEstimate.of(estimate.quantiles, self.request.max_tokens)
+        self.promised_tokens = 0  # so that the policy looks at it
 
     def finish(self, reason: FinishReason) -> None:
         """Set the finish reason and time."""
@@ -155,10 +161,10 @@ class MicroBatch:
     """What the device does next: prefill these sequences, or decode them together.
 
     Attributes:
-        n_steps: decode steps at the most; every row has pages for that many more tokens.
-        yield_on_free: hand back control as soon as a row finishes, because somebody waits for its slot.
-        width: rows that the batch has at least; a static batch keeps the places of those that are done.
-        hold: rows to gather at an exit before those that did not leave go on (1: hold nobody).
+        n_steps: decode steps at most; every row has pages for that many more tokens.
+        yield_on_free: end the chunk as soon as a row finishes, because a sequence waits for its slot.
+        width: rows that the batch has at least; a static batch keeps the places of finished rows.
+        hold: rows to gather at an exit before those that did not exit go on (1: no row waits).
     """
 
     kind: Literal["prefill", "decode"]
@@ -232,6 +238,19 @@ class RequestMetrics:
     preemptions: int
     parkings: int = 0
 
+    @classmethod
+    def of(cls, request: Request) -> RequestMetrics:
+        """From the first token of any answer to the end of the last; preemptions and parkings of all answers."""
+        firsts = [seq.first_token_time for seq in request.sequences if seq.first_token_time is not None]
+        lasts = [seq.finish_time for seq in request.sequences if seq.finish_time is not None]
+        return cls(
+            arrival_time=request.arrival_time,
+            first_token_time=min(firsts, default=None),
+            finish_time=max(lasts) if request.finished else None,
+            preemptions=sum(seq.preemptions for seq in request.sequences),
+            parkings=sum(seq.parkings for seq in request.sequences),
+        )
+
     @property
     def latency(self) -> float | None:
         """Seconds from arrival to the last token."""
@@ -253,6 +272,18 @@ class CompletionOutput:
     logprobs: tuple[dict[int, Logprob], ...] | None
     exit_layers: tuple[int, ...]
     finish_reason: FinishReason | None
+
+    @classmethod
+    def of(cls, seq: Sequence, text: str) -> CompletionOutput:
+        """What there is of an answer, whose text so far is `text`."""
+        return cls(
+            index=seq.index,
+            text=text,
+            token_ids=tuple(seq.output_token_ids),
+            logprobs=None if seq.request.params.logprobs is None else tuple(seq.logprobs),
+            exit_layers=tuple(seq.exit_layers),
+            finish_reason=seq.finish_reason,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """Which sequences are prefilled and decoded next, and on which pages: scheduler, policies, predicted lengths, costs.
 
-No jax: a device can be simulated around it. Scheduler and runner know each other only by `MicroBatch` and `StepResult`.
+No jax, so that a device can be simulated. Scheduler and runner exchange `MicroBatch` and `StepResult`, nothing else.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from eejax.schedule.length_predictor import (
     QUESTION_TOKENS,
     ConstantPredictor,
     LengthPredictor,
+    PerceptionPredictor,
     hidden_features,
     make_predictor,
     prompt_features,
@@ -27,6 +28,7 @@ __all__ = [
     "LengthHeads",
     "LengthPredictor",
     "PageAllocator",
+    "PerceptionPredictor",
     "Policy",
     "Scheduler",
     "Selection",

@@ -1,20 +1,20 @@
-"""Continuous batching by predicted length: short answers first, in micro-batches of rows that cost alike. No jax here.
+"""Continuous batching by predicted length: short answers first, in micro-batches of rows of similar cost. No jax here.
 
 Order. A sequence's key is `arrival + max_wait * cost`, the lowest first: `arrival` on the scheduler's clock, and `cost`
 the decode steps that its answer is still expected to take, weighed by the share of the network that its tokens run. In
-a burst that is the shortest remaining answer first; as time goes on, what has waited for long is overtaken by nobody.
+a burst that is the shortest remaining answer first; a sequence that has waited long enough is no longer overtaken.
 
 Bound. `cost` lies between 0 and the request's `max_tokens`, whatever a predictor says. So a sequence that arrived at
-clock `a` is never put behind one of the same priority that arrived after `a + max_wait * max_tokens`: only those that
-came before can go ahead, and they are finitely many. The clock advances by one for each decode step and each prefilled
-prompt.
+clock `a` never waits for one of the same priority that arrived after `a + max_wait * max_tokens`: only sequences that
+came earlier can go ahead of it, and they are finitely many. The clock advances by one for each decode step and each
+prefilled prompt.
 
 Memory. A sequence is admitted when the cache will hold it beside all others, each of them up to the predicted quantile
 of its answer, where it gives its pages back: what counts is the greatest need to come and not the sum of the greatest
-needs. When a sequence outlives that prediction, the conditional tail takes its place, its key falls behind, and it is
-parked where others want its slot, or where it would make them dearer: it keeps its pages, and decodes on with its like
-when its turn comes (arXiv 2305.13144 recomputes such answers from the prompt). Only when pages run out does the last in
-order give up its own.
+needs. When a sequence outlives that prediction, the conditional tail replaces the prediction and its key rises. It is
+parked where others want its slot, or where it would make their steps more expensive: it keeps its pages, and decodes on
+with similar rows when its turn comes (arXiv 2305.13144 recomputes such answers from the prompt). Only when pages run
+out does the last in order give up its own.
 """
 
 from __future__ import annotations
@@ -24,40 +24,39 @@ from collections.abc import Sequence as Seq
 from functools import reduce
 
 from eejax.core import LengthEstimate, SchedulerConfig, Sequence
-from eejax.schedule.policy import Selection
-from eejax.schedule.step_cost import Rows, StepCost
+from eejax.schedule.policy import Policy, Selection
+from eejax.schedule.row_group import RowGroup, split
+from eejax.schedule.step_cost import StepCost
 
 MIN_STEPS = 4
-"""A chunk is not cut shorter than this for the sake of a row whose prediction ends."""
+"""A chunk that ends where a row's prediction ends has at least this many steps."""
 DEPTH_CLASSES = 8
 PRIOR_TOKENS = 8
 """Tokens that the experience with other requests counts for."""
 
 
-class LengthPolicy:
-    """Shortest expected remaining cost first, with a bound on overtaking, and costly rows apart.
+class LengthPolicy(Policy):
+    """Shortest expected remaining cost first, with a bound on overtaking; expensive rows run apart.
 
     Args:
         config: slots, chunk, window, quantile and `max_wait`.
         page_size: tokens of one page.
-        cost: what steps cost; shared with whoever observes them.
+        cost: what steps cost; the scheduler teaches it.
     """
-
-    fills_first = False
 
     def __init__(self, config: SchedulerConfig, *, page_size: int, cost: StepCost) -> None:
         self.window = config.window
         self._config = config
         self._page_size = page_size
         self._cost = cost
-        self._exits: Counter[int] = Counter()  # of all tokens of requests that may leave early
+        self._exits: Counter[int] = Counter()  # of all tokens of requests that may exit early
 
     def rank(self, seq: Sequence) -> tuple[float, ...]:
-        """The key of the waiting: it does not change while they wait."""
+        """The key, which does not change while a sequence waits."""
         return (self._key(seq), seq.number)
 
     def may_join(self, seq: Sequence, held: Seq[Sequence]) -> bool:
-        """Whether fewer than all slots are wanted by sequences that go before this one."""
+        """Whether a slot is free, or held by a sequence that comes after this one."""
         slots, mine = self._config.max_num_seqs, self._order(seq)
         return len(held) < slots or sum(self._order(other) < mine for other in held) < slots
 
@@ -65,12 +64,8 @@ class LengthPolicy:
         """Up to the predicted quantile."""
         return self._promise(seq) - len(seq.output_token_ids)
 
-    def drop(self, held: Seq[Sequence]) -> list[Sequence]:
-        """Nobody: who outlives a prediction keeps its pages."""
-        return []
-
     def select(self, held: Seq[Sequence], longest: int) -> Selection:
-        """The first in order, and those of the first `max_num_seqs` that it pays to run with it."""
+        """The first in order, and those of the first `max_num_seqs` that are worth running with it."""
         rows = self._together(sorted(held, key=self._order)[: self._config.max_num_seqs])
         ends = min(self._promise(seq) - len(seq.output_token_ids) for seq in rows)
         return Selection(rows, min(longest, max(ends, MIN_STEPS)))
@@ -80,7 +75,7 @@ class LengthPolicy:
         return max(held, key=self._order)
 
     def finished(self, seq: Sequence) -> None:
-        """Where its tokens left is what to expect of the next request that may leave early."""
+        """Where its tokens exited is what to expect of the next request that may exit early."""
         if seq.request.may_leave:
             self._exits.update(seq.exit_counts)
 
@@ -103,35 +98,35 @@ class LengthPolicy:
         return seq.promised_tokens
 
     def _together(self, rows: list[Sequence]) -> list[Sequence]:
-        """The first row and those that a step is cheaper with than without, of `rows` in order.
+        """The first of `rows`, which are in order, and those that make a step cheaper than two separate steps.
 
-        Rows are told apart by their length in pages, or by the depth they go to, whichever saves more.
+        Rows are grouped by their length in pages, or by the depth that they run to, whichever saves more.
         """
         if len(rows) == 1 or not self._cost.tells_rows_apart:
             return rows
         pages = [_rounded_pages(-(-seq.num_tokens // self._page_size)) for seq in rows]
         if not any(seq.request.may_leave for seq in rows):
-            return self._split(rows, [Rows(1, p) for p in pages], list(map(float, pages)))[1]
+            return self._split(rows, [RowGroup(1, p) for p in pages], list(map(float, pages)))[1]
         depths, resolved = self._depths(rows)
-        each = [Rows(1, p, depths, r) for p, r in zip(pages, resolved, strict=True)]
+        each = [RowGroup(1, p, depths, r) for p, r in zip(pages, resolved, strict=True)]
         by_depth = [float(round(DEPTH_CLASSES * row.expected_depth)) for row in each]
         axes = (list(map(float, pages)), by_depth)
         return min((self._split(rows, each, axis) for axis in axes), key=lambda found: found[0])[1]
 
-    def _split(self, rows: list[Sequence], each: list[Rows], axis: list[float]) -> tuple[float, list[Sequence]]:
-        """Seconds to bring all rows one token if neighbours along an axis decode together; who goes with the first."""
-        kinds: dict[float, Rows] = {}
+    def _split(self, rows: list[Sequence], each: list[RowGroup], axis: list[float]) -> tuple[float, list[Sequence]]:
+        """Seconds to bring all rows one token if neighbours along an axis decode together; the first row's batch."""
+        groups: dict[float, RowGroup] = {}
         for row, at in zip(each, axis, strict=True):
-            kinds[at] = kinds[at].join(row) if at in kinds else row
-        classes = sorted(kinds)
-        seconds, runs = self._cost.split([kinds[at] for at in classes])
+            groups[at] = groups[at].join(row) if at in groups else row
+        classes = sorted(groups)
+        seconds, runs = split([groups[at] for at in classes], self._cost)
         run = next(run for run in runs if classes.index(axis[0]) in run)
         chosen = {classes[i] for i in run}
-        _, count = self._cost.apart(reduce(Rows.join, (kinds[at] for at in chosen)))
+        _, count = reduce(RowGroup.join, (groups[at] for at in chosen)).apart(self._cost)
         return seconds, [seq for seq, at in zip(rows, axis, strict=True) if at in chosen][:count]
 
     def _depths(self, rows: list[Sequence]) -> tuple[tuple[float, ...], list[tuple[float, ...]]]:
-        """Depths at which any of the rows was seen to leave, and each row's probabilities of having left there."""
+        """Depths at which any of the rows was seen to exit, and each row's probabilities of having exited there."""
         counts = [self._counts(seq) for seq in rows]
         full = max(seq.exit_layers[0] for seq in rows)  # a prompt runs at full depth
         layers = sorted({layer for one in counts for layer in one} | {full})
@@ -146,7 +141,7 @@ class LengthPolicy:
         return tuple(layer / full for layer in layers), resolved
 
     def _counts(self, seq: Sequence) -> dict[int, float]:
-        """How many of its tokens left where, a few of those of other requests added while they are few."""
+        """Its tokens by exit layer, with a few of other requests' tokens added."""
         if not seq.request.may_leave:
             return {}
         counts: dict[int, float] = dict(seq.exit_counts)
@@ -156,7 +151,7 @@ class LengthPolicy:
         return counts
 
     def _mean_depth(self, seq: Sequence) -> float:
-        """Expected share of the network that a token of this sequence runs; all of it where nothing was seen yet."""
+        """Expected share of the network that a token of this sequence runs; all of it before any was seen."""
         counts = self._counts(seq)
         if not counts:
             return 1.0

@@ -1,7 +1,7 @@
-"""What tells how long an answer will be: from the prompt, from its hidden state, or from the model's own word.
+"""Predictors of an answer's length: from the prompt, from its hidden state, or from what the model itself says.
 
-A predictor answers when a request is submitted, and once more when its prompt has been prefilled. No jax here; a
-prediction takes well under a millisecond of the host's time.
+A predictor gives an estimate when a request is submitted, and a better one when its prompt has been prefilled. No jax
+here; a prediction takes well under a millisecond of the host's time.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ QUESTION = (
     "Do not answer the request above. Instead, estimate how many tokens your answer to it would have. "
     "Output one number only."
 )
-"""What perception asks, in the spirit of arXiv 2305.13144."""
+"""The question of `PerceptionPredictor`, in the spirit of arXiv 2305.13144."""
 QUESTION_TOKENS = 8
-"""Answer tokens that the question is worth at the most, greedy."""
+"""Tokens of the answer to the question at most."""
 LARGEST_NUMBER = 100_000
-"""A model that announces a longer answer than this has said nothing."""
+"""A number above this is not taken for a length."""
 SPREAD = tuple(float(np.log(2) * (2 * level - 1) / 0.8) for level in LEVELS)
-"""Spread around a said number where none was measured: eight of ten answers lie within a factor of two."""
+"""Spread around a number that the model said, where none was measured: eight of ten answers within a factor of two."""
 LARGEST_LOG = 30.0
-"""No answer is longer than e to this; beyond lies overflow."""
+"""No answer is longer than e to this power; larger ones would overflow."""
 
 
 class LengthPredictor(Protocol):
-    """Estimates lengths; what it does not override, it does without.
+    """Estimates lengths. `refine` need not be overridden.
 
     Attributes:
-        needs_hidden: `refine` reads the hidden state, so that somebody has to fetch it.
+        needs_hidden: `refine` reads the hidden state, so the engine has to fetch it.
     """
 
     needs_hidden: bool = False
@@ -45,20 +45,12 @@ class LengthPredictor(Protocol):
         ...
 
     def refine(self, estimate: LengthEstimate, hidden: np.ndarray, max_tokens: int) -> LengthEstimate:
-        """A better one after prefill, from the last prompt token's `hidden` state (`[hidden_size]`)."""
+        """A better estimate after prefill, from the last prompt token's `hidden` state (`[hidden_size]`)."""
         return estimate
-
-    def question(self, prompt_token_ids: Sequence[int]) -> list[int] | None:
-        """The prompt with which to ask the model for the length, None where the model is not to be asked."""
-        return None
-
-    def understand(self, text: str, max_tokens: int) -> LengthEstimate | None:
-        """The estimate in the model's answer to `question`, None where there is none in it."""
-        return None
 
 
 class ConstantPredictor(LengthPredictor):
-    """One distribution for every prompt: that of all answers in training, or none at all without `heads`."""
+    """One distribution for every prompt: that of all answers in training, or without `heads` one that knows nothing."""
 
     def __init__(self, heads: LengthHeads | None) -> None:
         self._logs = None if heads is None else heads.marginal
@@ -98,7 +90,10 @@ class HiddenPredictor(PromptPredictor):
 
 
 class PerceptionPredictor(LengthPredictor):
-    """Has the model itself asked (arXiv 2305.13144); where it says no number, all is as for `ConstantPredictor`."""
+    """Asks the model itself (arXiv 2305.13144); where it says no number, the estimate is `ConstantPredictor`'s.
+
+    The engine runs `question` as a request of its own before the request itself, and gives its answer to `understand`.
+    """
 
     def __init__(self, heads: LengthHeads | None, tokenizer: Tokenizer) -> None:
         measured = None if heads is None else heads.perception
@@ -107,15 +102,15 @@ class PerceptionPredictor(LengthPredictor):
         self._fallback = ConstantPredictor(heads)
 
     def predict(self, prompt_token_ids: Sequence[int], max_tokens: int) -> LengthEstimate:
-        """The constant's estimate: the model has not been heard yet, or has nothing to say."""
+        """The constant's estimate, for requests whose question was not asked, or not answered with a number."""
         return self._fallback.predict(prompt_token_ids, max_tokens)
 
-    def question(self, prompt_token_ids: Sequence[int]) -> list[int] | None:
-        """The prompt with one more turn behind it, which asks for the length of its answer."""
+    def question(self, prompt_token_ids: Sequence[int]) -> list[int]:
+        """The prompt followed by one more turn, which asks for the length of its answer."""
         return [*prompt_token_ids, *self._turn]
 
     def understand(self, text: str, max_tokens: int) -> LengthEstimate | None:
-        """The first number in `text`, spread as numbers that the model says were found to be wrong."""
+        """The first number in `text`, spread by the errors that such numbers had in training; None without one."""
         number = said_number(text)
         if number is None:
             return None
@@ -188,7 +183,7 @@ def said_number(text: str) -> float | None:
 
 
 def question_turn(tokenizer: Tokenizer) -> list[int]:
-    """Token ids that go behind a prompt and ask for the length of its answer.
+    """Token ids that follow a prompt and ask for the length of its answer.
 
     Where there is a chat template, that is what it writes between a prompt whose answer is empty and the next one.
     """
@@ -197,7 +192,7 @@ def question_turn(tokenizer: Tokenizer) -> list[int]:
         talk = [user, {"role": "assistant", "content": ""}, {"role": "user", "content": QUESTION}]
         try:
             before, whole = tokenizer.apply_chat_template([user]), tokenizer.apply_chat_template(talk)
-        except (TokenizerError, InvalidRequestError):  # a template that knows no second turn
+        except (TokenizerError, InvalidRequestError):  # a template without a second turn
             before, whole = "-", ""
         if whole.startswith(before):
             return tokenizer.encode(whole[len(before) :], add_bos=False)

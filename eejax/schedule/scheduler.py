@@ -1,25 +1,23 @@
-"""Who is prefilled and who decodes next, and where their KV lies. No jax here.
+"""Which sequences are prefilled and decoded next, and on which pages. No jax here.
 
-Scheduling at the level of iterations: sequences join and leave between any two device calls. Two things are kept true
+Scheduling at the level of iterations: sequences join and end between any two device calls. Two things are kept true
 between calls, and everything else follows from them:
 
 * Held sequences have pages, waiting ones have none.
 * A held sequence has all its tokens but the last in the cache; the last is the input of its next decode step.
 
-Who comes first, who may join, who decodes and who gives way is the policy's to say (`eejax.schedule.policy`).
+Which sequence comes first, may join, decodes or is preempted is decided by the policy (`eejax.schedule.policy`).
 
 Progress. Every decode batch brings at least one row a token, a prefill batch is followed by a decode batch unless
-nothing is left to decode (or, where the policy fills first, once nobody may join any more), and tokens are finite: all
-work ends. A sequence alone fits, for the engine refuses what could not. Moreover a sequence is admitted only when all
-held rows, and itself, have pages for a whole chunk: nobody is prefilled and thrown out again without a chance of a
-token, so two sequences cannot take turns evicting each other for nothing.
+nothing is left to decode (or, where the policy fills first, until no sequence may join any more), and tokens are
+finite: all work ends. A sequence alone fits, for the engine refuses what could not. Moreover a sequence is admitted
+only when all held rows, and itself, have pages for a whole chunk: none is prefilled and preempted again without a
+chance of a token, so two sequences cannot take turns evicting each other for nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-
-import numpy as np
 
 from eejax.core import (
     Choice,
@@ -31,10 +29,15 @@ from eejax.core import (
     StepResult,
     require_positive_int,
 )
-from eejax.schedule.length_policy import LengthPolicy
-from eejax.schedule.page_allocator import OutOfPages, PageAllocator
+from eejax.schedule.length_predictor import LengthPredictor
+from eejax.schedule.page_allocator import (
+    OutOfPages,
+    PageAllocator,
+    greatest_need,
+    missing_pages,
+    pages_to_share,
+)
 from eejax.schedule.policy import FirstComeFirstServed, Policy, Static
-from eejax.schedule.rebatching import rows_to_gather
 from eejax.schedule.step_cost import StepCost
 from eejax.schedule.waiting_queue import WaitingQueue
 
@@ -42,24 +45,31 @@ from eejax.schedule.waiting_queue import WaitingQueue
 def make_policy(config: SchedulerConfig, *, page_size: int, cost: StepCost) -> Policy:
     """The policy that a configuration names."""
     if config.policy == "length":
+        from eejax.schedule.length_policy import LengthPolicy
+
         return LengthPolicy(config, page_size=page_size, cost=cost)
     kind = Static if config.policy == "static" else FirstComeFirstServed
     return kind(config.max_num_seqs, config.max_chunk_steps)
 
 
 class Scheduler:
-    """Turns sequences into micro-batches, and takes in what the device made of them.
+    """Turns sequences into micro-batches, and takes in their results.
 
     Call `schedule`, run the batch, call `update` with its result, and so on. Not thread-safe. `finish` may be called at
     any time except while the runner is still reading the batch that `schedule` returned.
 
     Args:
         config: slots, steps of a chunk, tokens of a prefill batch, policy.
-        allocator: pages of the KV cache; no one else may allocate from it.
+        allocator: pages of the KV cache; only the scheduler allocates from it.
         page_size: tokens of one page.
         policy: instead of the one that `config` names.
-        cost: what decode steps cost, for policies that ask; whoever times the steps teaches it.
+        predictor: estimates the lengths of answers; without one sequences keep the estimates that they come with.
+        cost: what decode steps cost, for policies that need it; `update` teaches it.
         rebatching: as in `DecodeConfig`.
+
+    Attributes:
+        num_preemptions: how often a sequence lost its pages.
+        num_parkings: how often a sequence was left out of a chunk after having been in one.
     """
 
     def __init__(
@@ -69,13 +79,17 @@ class Scheduler:
         *,
         page_size: int,
         policy: Policy | None = None,
+        predictor: LengthPredictor | None = None,
         cost: StepCost | None = None,
         rebatching: Choice = "never",
     ) -> None:
         require_positive_int("Scheduler", page_size=page_size)
+        self.num_preemptions = 0
+        self.num_parkings = 0
         self._config = config
         self._allocator = allocator
         self._page_size = page_size
+        self._predictor = predictor
         self._cost = cost or StepCost()
         self._rebatching = rebatching
         self._policy = policy or make_policy(config, page_size=page_size, cost=self._cost)
@@ -84,10 +98,8 @@ class Scheduler:
         self._in_flight: MicroBatch | None = None
         self._decoded_last: frozenset[Sequence] = frozenset()  # by identity
         self._prefilled_last = False
-        self._clock = 0
+        self._clock = 0  # decode steps and prefilled prompts so far
         self._arrivals = 0
-        self._num_preemptions = 0
-        self._num_parkings = 0
 
     @property
     def has_work(self) -> bool:
@@ -104,31 +116,24 @@ class Scheduler:
         """Sequences that hold pages, parked ones included."""
         return len(self._held)
 
-    @property
-    def num_preemptions(self) -> int:
-        """How often a sequence lost its pages, since the beginning."""
-        return self._num_preemptions
-
-    @property
-    def num_parkings(self) -> int:
-        """How often a sequence was left out of a chunk after having been in one, since the beginning."""
-        return self._num_parkings
-
     def add(self, sequences: Iterable[Sequence]) -> None:
         """Queue fresh sequences."""
         for seq in sequences:
             seq.number, seq.arrival = self._arrivals, self._clock
             self._arrivals += 1
+            if self._predictor is not None and seq.estimate is None:
+                request = seq.request
+                seq.take_estimate(self._predictor.predict(request.prompt_token_ids, request.max_tokens))
             self._waiting.add(seq, self._policy.rank(seq))
 
     def schedule(self, max_steps: int | None = None) -> MicroBatch | None:
         """Decide the next micro-batch and give its rows their pages; None when there is no work.
 
-        Args:
-            max_steps: keep a decode chunk this short, for somebody who watches the tokens come.
-
-        Unless the policy fills first, prefill and decode take turns while there is work for both, so rows that decode
+        Prefill and decode take turns while there is work for both, unless the policy fills first, so rows that decode
         wait for one prefill batch at most.
+
+        Args:
+            max_steps: keep a decode chunk this short, for a reader who watches the tokens come.
 
         Raises:
             RuntimeError: the last batch has unfinished rows and was not given to `update`.
@@ -136,8 +141,6 @@ class Scheduler:
         """
         if self._in_flight is not None and any(row.finish_reason is None for row in self._in_flight.rows):
             raise RuntimeError("the last micro-batch has not been updated: its rows' KV is unknown")
-        for seq in self._policy.drop(self._held) if self._held else ():
-            self._preempt(seq)
         batch = None
         if self._waiting and not (self._held and self._prefilled_last and not self._policy.fills_first):
             batch = self._prefill_batch()
@@ -147,10 +150,13 @@ class Scheduler:
         self._prefilled_last = batch is not None and batch.kind == "prefill"
         return batch
 
-    def update(self, batch: MicroBatch, result: StepResult) -> None:
+    def update(self, batch: MicroBatch, result: StepResult, seconds: float | None = None) -> None:
         """Take in the result of the batch that `schedule` returned last; finished sequences lose their pages.
 
-        Rows that were finished in between by `finish` ignore their results.
+        Rows that `finish` ended in between ignore their results.
+
+        Args:
+            seconds: that the device call took, for `StepCost` to learn from.
 
         Raises:
             RuntimeError: the batch is not the last one, or a row holds more or fewer tokens than it can.
@@ -163,17 +169,24 @@ class Scheduler:
             if seq.finish_reason is not None:
                 continue
             self._append(seq, row, batch)
-            if seq.finish_reason is None:
-                seq.num_cached = seq.num_tokens - 1
-            else:
+            if seq.finish_reason is not None:
                 self._release(seq)
                 self._policy.finished(seq)
+                continue
+            seq.num_cached = seq.num_tokens - 1
+            if row.hidden is not None and self._predictor is not None and seq.estimate is not None:
+                seq.take_estimate(self._predictor.refine(seq.estimate, row.hidden, seq.request.max_tokens))
+        if seconds is not None and (steps := result.counts.steps):
+            blocks = steps * batch.rows[0].exit_layers[0]  # of the network: prompts run at full depth
+            pages = -(-max(seq.num_tokens for seq in batch.rows) // self._page_size)
+            ran, computed = result.counts.blocks_run / blocks, result.counts.row_blocks / blocks
+            self._cost.observe(ran, computed, pages, seconds / steps)
 
     def finish(self, seq: Sequence, reason: FinishReason) -> None:
         """End a sequence for a reason that its token ids do not tell: an abort, or a stop string in its text.
 
-        Of a finished sequence only the reason can change, and only from `length` to `stop`: the stop string stood in
-        the text when the budget ran out, and whether both came out of one chunk must not be seen.
+        Of a finished sequence only the reason can change, and only from `length` to `stop`: the text held the stop
+        string when the budget ran out, and whether both came out of one chunk must not be seen.
 
         Raises:
             ValueError: the sequence was never added.
@@ -199,14 +212,14 @@ class Scheduler:
             seq = self._waiting.first()
             if not self._policy.may_join(seq, self._held):
                 break
-            shared = self._pages_to_share(seq)
+            shared = pages_to_share(seq, self._page_size)
             length = seq.prefill_length - len(shared) * self._page_size
             if rows and tokens + length > self._config.max_prefill_tokens:
                 break
             need = self._missing(seq, chunk) - len(shared)
             if self._held and (need > free or not self._will_fit([*self._held, seq], len(shared))):
                 break
-            own = self._allocator.allocate(need)  # with nobody held this raises if the sequence can never fit
+            own = self._allocator.allocate(need)  # with none held this raises if the sequence can never fit
             self._allocator.share(shared)
             free -= need
             seq.pages = shared + own
@@ -220,35 +233,14 @@ class Scheduler:
     def _will_fit(self, rows: list[Sequence], shared: int) -> bool:
         """Whether the cache holds these rows at every time to come, if each ends when the policy expects it to.
 
-        All are taken to decode on together, and to give their pages back at their ends; need is then greatest just
-        before somebody's. `shared` pages of the last row are there already.
+        `shared` pages of the last row are allocated already.
         """
-        # A fresh sequence's first token comes out of its prefill, and nobody's last one has KV.
-        steps = np.array([min(self._policy.steps_to_reserve(row), row.remaining) for row in rows])
-        steps -= np.array([not row.output_token_ids for row in rows])
-        tokens = np.array([row.prefill_length for row in rows])
-        at = np.unique(steps)[:, None]
-        pages = -(-(tokens + at) // self._page_size) * (steps >= at)
+        steps = [min(self._policy.steps_to_reserve(row), row.remaining) for row in rows]
         in_common = sum(len(row.pages) for row in rows) - self._allocator.num_used + shared
-        return bool(pages.sum(axis=1).max() - in_common <= self._allocator.num_pages)
-
-    def _pages_to_share(self, seq: Sequence) -> list[int]:
-        """Pages of another answer to the same prompt that already hold, or will hold in time, this prompt's KV.
-
-        Only pages filled by the prompt alone, and never the page of its last token, which must be run for its logits:
-        so shared pages end at position `(P - 1) // page_size * page_size <= P - 1`, and each holder owns at least the
-        page of position `P - 1`. They are read-only from the moment a sharer runs: a sharer's prefill starts behind
-        them, decoding writes at `P` and later, and the leader wrote them in its own prefill. That prefill is over, or
-        it stands earlier in the very same batch, whose rows the runner executes in order, one after another; the pages
-        live on by the sharer's reference even if the leader is preempted or finishes.
-        """
-        leader = next((other for other in seq.request.sequences if other.pages), None)  # never `seq`: it waits
-        if leader is None:
-            return []
-        return leader.pages[: (len(seq.request.prompt_token_ids) - 1) // self._page_size]
+        return greatest_need(rows, steps, self._page_size) - in_common <= self._allocator.num_pages
 
     def _decode_batch(self, longest: int) -> MicroBatch:
-        """Give the rows pages for as long a chunk as fits; when not even one step does, the policy's victim goes."""
+        """Give the rows pages for as long a chunk as fits; if not one step fits, the policy's victim is preempted."""
         chosen = self._policy.select(self._held, longest)
         while not (n_steps := self._steps_that_fit(chosen.rows, chosen.n_steps)):
             if len(self._held) == 1:
@@ -262,24 +254,22 @@ class Scheduler:
         for seq in self._held:
             if seq in self._decoded_last and seq not in decoding:
                 seq.parkings += 1
-                self._num_parkings += 1
+                self.num_parkings += 1
         self._decoded_last = decoding
-        yields = len(chosen.rows) < len(self._held) or self._someone_could_follow(chosen.rows)
+        yields = len(chosen.rows) < len(self._held) or self._next_could_join(chosen.rows)
         return MicroBatch(
-            "decode",
-            tuple(chosen.rows),
-            n_steps,
-            yield_on_free=yields,
-            width=chosen.width,
-            hold=self._hold(chosen.rows),
+            "decode", tuple(chosen.rows), n_steps, yields, self._policy.width, hold=self._hold(chosen.rows)
         )
 
     def _hold(self, rows: list[Sequence]) -> int:
-        """Rows to gather at an exit: by default only where nobody's latency but the held rows' own pays for it."""
+        """Rows to gather at an exit: by default only while slots are full and others wait, so throughput counts."""
         if self._rebatching == "always":
             return max(2, len(rows) // 4)
-        full = len(rows) >= self._config.max_num_seqs and bool(self._waiting)
-        return rows_to_gather(rows, self._cost, self._page_size) if full and self._rebatching == "auto" else 1
+        if self._rebatching == "never" or len(rows) < self._config.max_num_seqs or not self._waiting:
+            return 1
+        from eejax.schedule.rebatching import rows_to_gather
+
+        return rows_to_gather(rows, self._cost, self._page_size)
 
     def _steps_that_fit(self, rows: list[Sequence], longest: int) -> int:
         """The longest chunk that all rows have pages for, of `longest` and its halvings; 0 if there is none."""
@@ -288,23 +278,23 @@ class Scheduler:
             steps //= 2
         return steps
 
-    def _someone_could_follow(self, rows: list[Sequence]) -> bool:
-        """Whether the next to be admitted might join once one of these rows has left."""
+    def _next_could_join(self, rows: list[Sequence]) -> bool:
+        """Whether the first of the waiting sequences might join once one of these rows has ended."""
         if not self._waiting:
             return False
         seq = self._waiting.first()
-        # If a slot is what it lacks, then any row's will do, and the first one's is the hardest to outrank.
+        # If it lacks a slot, then any row's will do, and the first row is the hardest to outrank.
         if not self._policy.may_join(seq, [other for other in self._held if other is not rows[0]]):
             return False
-        need = self._missing(seq, self._config.max_chunk_steps) - len(self._pages_to_share(seq))
+        need = self._missing(seq, self._config.max_chunk_steps) - len(pages_to_share(seq, self._page_size))
         return need <= self._allocator.num_free + max(len(row.pages) for row in rows)
 
     def _preempt(self, seq: Sequence) -> None:
-        """Take a held sequence's pages; it keeps its tokens and waits in the place that its rank gives it."""
+        """Take a held sequence's pages; it keeps its tokens and waits where its rank puts it."""
         self._release(seq)
         self._decoded_last -= {seq}
         seq.preemptions += 1
-        self._num_preemptions += 1
+        self.num_preemptions += 1
         self._waiting.add(seq, self._policy.rank(seq))
 
     def _release(self, seq: Sequence) -> None:
@@ -326,14 +316,8 @@ class Scheduler:
         logprobs = row.logprobs or (None,) * len(row.token_ids)
         for token, exit_layer, logprob in zip(row.token_ids, row.exit_layers, logprobs, strict=True):
             if seq.finish_reason is not None:
-                break  # the device knows only some of a request's stop ids, and may have gone on behind another
+                break  # the device knows only some of a request's stop ids, and may have gone on after another
             seq.append(token, exit_layer, logprob)
 
     def _missing(self, seq: Sequence, steps: int) -> int:
-        """Pages that a sequence lacks to be prefilled and then decode `steps` tokens, or as many as it may."""
-        prompt_len, max_tokens = len(seq.request.prompt_token_ids), seq.request.max_tokens
-        tokens = min(seq.prefill_length + steps, prompt_len + max_tokens - 1)
-        return max(0, self._pages_for(tokens) - len(seq.pages))
-
-    def _pages_for(self, tokens: int) -> int:
-        return -(-tokens // self._page_size)
+        return missing_pages(seq, steps, self._page_size)

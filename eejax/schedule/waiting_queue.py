@@ -13,14 +13,14 @@ type Rank = tuple[float, ...]
 
 @dataclass(slots=True)
 class _Class:
-    """The waiting of one priority: candidates by rank, and those who came after all of them, by number."""
+    """Waiting sequences of one priority: candidates by rank, and those that came after all of them, by number."""
 
     window: list[tuple[Rank, int, Sequence]] = field(default_factory=list)
     later: list[tuple[int, Rank, Sequence]] = field(default_factory=list)
 
 
 class WaitingQueue:
-    """Priorities strictly, the lowest number first; within one, the best rank among the `window` that came first.
+    """Strictly by priority, the lowest number first; within one, the best rank among the `window` that came first.
 
     Every operation finds its place by bisection.
     """
@@ -34,13 +34,13 @@ class WaitingQueue:
         return len(self._ranks)
 
     def __iter__(self) -> Iterator[Sequence]:
-        """By priority; those among whom the rank decides, by rank; then those who came after them."""
+        """By priority; within one, the candidates by rank, then the later ones by number."""
         for priority in sorted(self._classes):
             yield from (seq for _, _, seq in self._classes[priority].window)
             yield from (seq for _, _, seq in self._classes[priority].later)
 
     def add(self, seq: Sequence, rank: Rank) -> None:
-        """Queue a sequence; `seq.number`, which no other has, says when it came."""
+        """Queue a sequence; `seq.number`, which is unique, says when it came."""
         self._ranks[seq] = rank
         one = self._classes.setdefault(seq.request.priority, _Class())
         insort(one.later, (seq.number, rank, seq))
@@ -50,21 +50,21 @@ class WaitingQueue:
 
     @staticmethod
     def _was_before(seq: Sequence, one: _Class) -> bool:
-        """Whether a sequence, preempted, came before somebody in the window."""
+        """Whether a preempted sequence came before one in the window."""
         return one.later[0][2] is seq and seq.number < max(number for _, number, _ in one.window)
 
     def first(self) -> Sequence:
-        """Who is to be admitted before all others.
+        """The sequence that is to be admitted before all others.
 
         Raises:
-            IndexError: nobody waits.
+            IndexError: no sequence waits.
         """
         if not self._classes:
-            raise IndexError("nobody waits")
+            raise IndexError("no sequence waits")
         return self._classes[min(self._classes)].window[0][2]
 
     def remove(self, seq: Sequence) -> None:
-        """Take a sequence out, wherever it stands.
+        """Take a sequence out, wherever it is in the queue.
 
         Raises:
             ValueError: it does not wait.

@@ -1,13 +1,15 @@
-"""From what a user asks for to a request that can be served, or an error that says why not. No device work."""
+"""Validation: from a user's prompt and parameters to a request that can be served, or an error. No device work."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Protocol
 
 from eejax.core import (
+    CALIBRATED,
     CapacityError,
     EngineConfig,
     InvalidRequestError,
@@ -38,19 +40,19 @@ class TextCodec(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Intake:
-    """What requests are held against.
+    """Validates requests for one engine.
 
     Attributes:
         eos_ids: tokens that end an answer unless the request ignores them.
-        num_pages: pages that one request may take at the most.
-        calibrated: where thresholds that are "calibrated" come from.
+        num_pages: pages that one request may take at most.
+        calibrated: gives the model's "calibrated" thresholds; called only for requests that want them.
     """
 
     config: EngineConfig
     tokenizer: TextCodec | None
     eos_ids: frozenset[int]
     num_pages: int
-    calibrated: CalibratedThresholds
+    calibrated: Callable[[], CalibratedThresholds]
 
     def request(
         self,
@@ -63,10 +65,10 @@ class Intake:
         priority: int = 0,
         deadline: float | None = None,
     ) -> Request:
-        """A validated request; `Engine.add_request` says what the arguments are.
+        """A validated request. The arguments are those of `Engine.add_request`.
 
         Args:
-            number: of the request; it seeds one that brings no seed.
+            number: of the request; the seed of a request without one derives from it.
 
         Raises:
             InvalidRequestError: the prompt or its parameters do not fit this model.
@@ -97,7 +99,11 @@ class Intake:
                 f"{len(ids)} prompt tokens and {max_tokens} answer tokens need {needed} pages of "
                 f"{self.config.cache.page_size} tokens; the cache has {self.num_pages}"
             )
-        thresholds = self.calibrated.thresholds_for(params.early_exit, model) if params.early_exit else ()
+        early_exit, thresholds = params.early_exit, ()
+        if early_exit is not None and early_exit.threshold == CALIBRATED:
+            thresholds = self.calibrated().thresholds_for(early_exit, model)
+        elif early_exit is not None:
+            thresholds = early_exit.thresholds_for(model)
         ends = frozenset() if params.ignore_eos else self.eos_ids
         request = Request(
             request_id=request_id,
@@ -105,7 +111,7 @@ class Intake:
             prompt_token_ids=ids,
             params=params,
             max_tokens=max_tokens,
-            thresholds=thresholds or (float("inf"),) * len(model.exits.layers),
+            thresholds=thresholds or (math.inf,) * len(model.exits.layers),
             stop_token_ids=ends.union(params.stop_token_ids),
             seed=(self.config.seed + number) % 2**32 if params.seed is None else params.seed,
             priority=priority,

@@ -28,9 +28,8 @@ from eejax.core import (
     with_help,
 )
 from eejax.device import default_num_pages, resolve_dtype
-from eejax.model import leaves, load_checkpoint, load_config
+from eejax.model import load_checkpoint, load_config
 from eejax.schedule import LengthPredictor, load_length_heads, make_predictor
-from eejax.serve.calibration import CalibratedThresholds
 from eejax.serve.engine import Engine, EngineStats
 from eejax.text import Message, Tokenizer, has_tokenizer, load_end_tokens, load_tokenizer
 
@@ -128,9 +127,8 @@ class LLM:
         affordable = default_num_pages(model, length, slots, options.page_size, itemsize)
         self.config = options.engine_config(model, options.num_pages or affordable)
         self.tokenizer = tokenizer
-        calibrated = CalibratedThresholds(folder, lambda: leaves(self.engine.runner.params))
         with announced("kernels and KV cache"):
-            self.engine = Engine(self.config, params, tokenizer, eos_ids, predictor=predictor, calibrated=calibrated)
+            self.engine = Engine(self.config, params, tokenizer, eos_ids, predictor=predictor, folder=folder)
         self._news: dict[str, RequestOutput | None] = {}  # for each open stream, the latest output not yet passed on
 
     def generate(
@@ -257,7 +255,7 @@ class LLM:
                             show(len(outputs))
         finally:
             self._abort_all(request for request in ids if request not in outputs)
-        if (complaint := self.engine.exit_ledger.complaint()) is not None:
+        if (complaint := self.engine.exit_complaint()) is not None:
             warnings.warn(complaint, ExitCostWarning, stacklevel=3)  # at the caller of `generate` or `chat`
         return [outputs[request] for request in ids]
 

@@ -31,7 +31,14 @@ from eejax.core import (
     require_seed,
 )
 from eejax.model import load_checkpoint, load_config
-from eejax.schedule import QUESTION_TOKENS, LengthHeads, make_predictor, said_number, save_length_heads
+from eejax.schedule import (
+    QUESTION_TOKENS,
+    LengthHeads,
+    PerceptionPredictor,
+    make_predictor,
+    said_number,
+    save_length_heads,
+)
 from eejax.serve import LLM
 from eejax.text import load_end_tokens, load_tokenizer, prompt_ids, read_sourced_prompts
 from eejax.tune.length_fit import FOLDS, fit_heads, scores
@@ -296,8 +303,9 @@ def hidden_states(llm: LLM, prompts: Sequence[Sequence[int]]) -> np.ndarray:
 
 def ask(llm: LLM, prompts: Sequence[Sequence[int]]) -> list[str]:
     """What the model says when it is asked how long its answers would be; nothing where the question does not fit."""
-    predictor = make_predictor("perception", None, llm.tokenizer)
-    questions: list[PromptLike] = [{"prompt_token_ids": predictor.question(ids) or []} for ids in prompts]
+    assert llm.tokenizer is not None
+    predictor = PerceptionPredictor(None, llm.tokenizer)
+    questions: list[PromptLike] = [{"prompt_token_ids": predictor.question(ids)} for ids in prompts]
     params = SamplingParams(temperature=0.0, max_tokens=QUESTION_TOKENS)
     outputs = llm.generate(questions, params, use_tqdm=False)
     return [output.outputs[0].text if output.outputs else "" for output in outputs]
@@ -331,7 +339,8 @@ def _evaluate(
         found[name] = []
         for ids, state, text in zip(prompts, hidden, said, strict=True):
             estimate = predictor.refine(predictor.predict(ids, limit), state, limit)
-            found[name].append(predictor.understand(text, limit) or estimate)
+            said_by = predictor.understand(text, limit) if isinstance(predictor, PerceptionPredictor) else None
+            found[name].append(said_by or estimate)
     sources = np.array([one.source for one in labels])
     groups = {name: sources == name for name in sorted(set(sources.tolist()))}
     report = {}

@@ -6,11 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.paper import MicroBatches
+from bench.paper import PaperScheduler
 from eejax.core import SchedulerConfig
 from eejax.core.lengths import LengthEstimate
 from eejax.schedule.page_allocator import PageAllocator
-from eejax.schedule.scheduler import Scheduler
 from tests.schedule.test_scheduler import STOP, FakeDevice, kinds, make_request, run_all, step
 
 PAGE = 4
@@ -18,9 +17,8 @@ PAGE = 4
 
 def make(num_pages=400, slots=4, chunk=16, **options):
     allocator = PageAllocator(num_pages)
-    policy = MicroBatches(slots, chunk, num_pages=num_pages, page_size=PAGE, **options)
     config = SchedulerConfig(max_num_seqs=slots, max_chunk_steps=chunk)
-    return Scheduler(config, allocator, page_size=PAGE, policy=policy), allocator
+    return PaperScheduler(config, allocator, page_size=PAGE, paper=options), allocator
 
 
 def submit(scheduler, device, lengths, *, prompt=3, budget=200, predicted=None):

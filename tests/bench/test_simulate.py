@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from bench import simulator
-from bench.paper import MicroBatches
+from bench.paper import PaperScheduler
 from bench.schedule_rows import figures, with_ratios
 from bench.simulator import SimulatedRequest, simulate
 from bench.step_model import DecodeCall, PrefillCall, StepModel, pages_visited
@@ -164,10 +165,10 @@ def test_it_is_deterministic_and_answers_everything(name: str) -> None:
     requests = list(adversarial(150))
 
     def once():
-        paper = MicroBatches(8, 16, num_pages=60, page_size=4, ordered=True, vbs=True, fcr=True, max_rows=16)
-        policy = paper if name == "paper" else None
+        paper = partial(PaperScheduler, paper={"ordered": True, "vbs": True, "fcr": True, "max_rows": 16})
+        scheduler = paper if name == "paper" else None
         config = SchedulerConfig(max_num_seqs=8, policy="fcfs" if name == "paper" else name)
-        return simulate(requests, config, num_pages=60, page_size=4, cost=COST, policy=policy)
+        return simulate(requests, config, num_pages=60, page_size=4, cost=COST, scheduler=scheduler)
 
     one = once()
     assert one == once()
@@ -193,7 +194,7 @@ class Repeats(Scheduler):
         self.ended = ()
         return super().schedule(max_steps)
 
-    def update(self, batch, result):
+    def update(self, batch, result, seconds=None):
         super().update(batch, result)
         self.ended = [row for row in batch.rows if row.finish_reason is not None]
 

@@ -133,8 +133,6 @@ def test_constant_answers_with_the_training_answers_or_with_nothing() -> None:
         assert estimate == predictor.predict([9], LIMIT)
         assert predictor.refine(estimate, state, LIMIT) is estimate
         assert not predictor.needs_hidden
-        assert predictor.question([1]) is None
-        assert predictor.understand("7", LIMIT) is None
     assert ConstantPredictor(heads()).predict([1], 30).quantiles == pytest.approx((5, 10, 20, 30, 30))
 
 

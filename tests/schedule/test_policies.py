@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.paper import MicroBatches
+from bench.paper import PaperScheduler
 from eejax.core import SchedulerConfig
 from eejax.core.lengths import LengthEstimate
 from eejax.core.request import Counts, MicroBatch, RowResult, StepResult
@@ -23,17 +23,11 @@ from tests.schedule.test_scheduler import STOP, FakeDevice, make_request, run_al
 DEPTH = 4
 
 
-def make_policy(name, config, *, num_pages, page_size):
-    slots, chunk = config.max_num_seqs, config.max_chunk_steps
+def make_policy(name, config, *, page_size):
     if name.startswith("length"):
         cost = StepCost(1.0, 0.2, 0.1) if name == "length, rows apart" else StepCost()
         return LengthPolicy(config, page_size=page_size, cost=cost)
-    if name.startswith("paper"):
-        whole = {"vbs": True, "fcr": True} if name == "paper, whole" else {}
-        return MicroBatches(
-            slots, chunk, num_pages=num_pages, page_size=page_size, group=4, ordered=True, quantile=0.5, **whole
-        )
-    return {"fcfs": FirstComeFirstServed, "static": Static}[name](slots, chunk)
+    return {"fcfs": FirstComeFirstServed, "static": Static}[name](config.max_num_seqs, config.max_chunk_steps)
 
 
 POLICIES = ("fcfs", "static", "length", "length, rows apart", "paper", "paper, whole")
@@ -41,7 +35,11 @@ POLICIES = ("fcfs", "static", "length", "length, rows apart", "paper", "paper, w
 
 def make_scheduler(name, num_pages, *, page_size=4, **options):
     config, allocator = SchedulerConfig(**options), PageAllocator(num_pages)
-    policy = make_policy(name, config, num_pages=num_pages, page_size=page_size)
+    if name.startswith("paper"):
+        whole = name == "paper, whole"
+        paper = {"group": 4, "ordered": True, "quantile": 0.5, "vbs": whole, "fcr": whole}
+        return PaperScheduler(config, allocator, page_size=page_size, paper=paper), allocator
+    policy = make_policy(name, config, page_size=page_size)
     return Scheduler(config, allocator, page_size=page_size, policy=policy), allocator
 
 

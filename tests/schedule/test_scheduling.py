@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 
-from bench.paper import MicroBatches
+from bench.paper import PaperScheduler
 from eejax import LLM, ConfigError, EarlyExitParams, InvalidRequestError, SamplingParams
 from eejax.core import SchedulerConfig
 from eejax.core.lengths import LEVELS, LengthEstimate
-from eejax.schedule.length_predictor import ConstantPredictor, LengthPredictor
+from eejax.schedule.length_predictor import LengthPredictor, PerceptionPredictor
 from tests.cases import random_model
 
 PAGE, SLOTS, MAX_LEN = 4, 4, 64
@@ -85,7 +86,7 @@ def mixed_requests():
 
 def test_every_policy_gives_the_same_tokens(llm: LLM):
     def paper(**options):
-        return MicroBatches(SLOTS, 16, num_pages=40, page_size=PAGE, ordered=True, **options)
+        return partial(PaperScheduler, paper={"ordered": True, **options})
 
     def config(**options):
         return SchedulerConfig(max_num_seqs=SLOTS, **options)
@@ -102,8 +103,8 @@ def test_every_policy_gives_the_same_tokens(llm: LLM):
         "paper": (config(), paper(vbs=True, fcr=True), Said(lies), None),
     }
     answers, preempted, parked = {}, 0, 0
-    for name, (scheduler, policy, predictor, num_pages) in ways.items():
-        llm.engine.reschedule(scheduler, policy=policy, predictor=predictor, num_pages=num_pages)
+    for name, (config_of, scheduler, predictor, num_pages) in ways.items():
+        llm.engine.reschedule(config_of, scheduler=scheduler, predictor=predictor, num_pages=num_pages)
         outputs = answer(llm, mixed_requests())
         answers[name] = {
             key: (one.outputs[0].token_ids, one.outputs[0].exit_layers, one.outputs[0].finish_reason)
@@ -180,12 +181,14 @@ class Words:
         return "".join(f" {i}" for i in ids)
 
 
-class Asking(ConstantPredictor):
+class Asking(PerceptionPredictor):
     """Perception with a question of two tokens; understands the answer as `number`."""
 
     def __init__(self, number: float | None) -> None:
-        super().__init__(None)
         self.number, self.heard = number, []
+
+    def predict(self, prompt_token_ids, max_tokens):
+        return LengthEstimate.unknown(max_tokens)
 
     def question(self, prompt_token_ids):
         return [*prompt_token_ids, 7, 8]

@@ -128,7 +128,8 @@ def test_a_calibrated_threshold_is_looked_up_once(tmp_path: Path):
 def test_a_request_carries_the_threshold_that_was_certified(tmp_path: Path):
     save_calibration(tmp_path, STORED)
     config = EngineConfig(MODEL, CacheConfig(16, 8), max_model_len=64)
-    intake = Intake(config, None, frozenset(), 16, CalibratedThresholds(tmp_path, lambda: WEIGHTS))
+    source = CalibratedThresholds(tmp_path, lambda: WEIGHTS)
+    intake = Intake(config, None, frozenset(), 16, lambda: source)
     params = SamplingParams(early_exit=calibrated())
     request = intake.request({"prompt_token_ids": [1, 2]}, params, request_id="r", number=0)
     assert request.thresholds == (0.6, 0.6)
