@@ -9,6 +9,9 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import typer
+
+from eejax.cli.app import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "CONTRIBUTING.md", "bench/RESULTS.md", *(f"docs/{page.name}" for page in ROOT.glob("docs/*.md")))
@@ -73,9 +76,7 @@ def is_module(name: str) -> bool:
 @cache
 def commands() -> frozenset[str]:
     """Names of the commands of `eejax`."""
-    source = (ROOT / "eejax/cli/app.py").read_text()
-    plain = re.findall(r"@app\.command\(\)\ndef (\w+)|app\.command\(\)\((\w+)\)", source)
-    return frozenset([*re.findall(r'app\.command\("([\w-]+)"', source), *("".join(pair) for pair in plain)])
+    return frozenset(typer.main.get_command(app).commands)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @cache
