@@ -21,7 +21,7 @@ class Record:
     Attributes:
         calls: the last one's `seconds` is still 0 until the engine's step is over.
         pages: in use during the last call.
-        prefilled, produced: tokens of requests that somebody made, not of the engine's own questions.
+        prefilled, produced: tokens of the user's requests, not of perception's questions.
     """
 
     requests: frozenset[str]

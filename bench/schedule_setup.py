@@ -147,7 +147,7 @@ class Bench:
         return [{"prompt_token_ids": list(prompt)} for prompt in self.prompts], params
 
     def predictor(self, row: Row, mode: str) -> LengthPredictor:
-        """What tells this row the lengths. Without trained heads the paper's rows know the limit only."""
+        """The row's predictor of lengths. Without trained heads the paper's rows know the limit only."""
         if row.predictor == "oracle":
             return OraclePredictor(self.lengths[mode])
         name: Any = "constant" if row.paper is not None and self.heads is None else row.predictor

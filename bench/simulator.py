@@ -63,9 +63,9 @@ def simulate(
     Args:
         cost: what the calls take.
         scheduler: makes the scheduler; `Scheduler` itself by default.
-        learnt: what the scheduler knows of that, and learns from every step; None begins anew.
-        exits: where tokens may leave, in blocks, the last being the depth of the model.
-        prefill_chunk: prompt tokens in one prefill call at the most.
+        learnt: the scheduler's knowledge of these costs, to which every step adds; None begins anew.
+        exits: where tokens may exit, in blocks, the last being the depth of the model.
+        prefill_chunk: prompt tokens in one prefill call at most.
 
     Raises:
         RuntimeError: a request was lost, answered twice or wrongly, or a page leaked.
@@ -201,7 +201,7 @@ class _Device:
     def _work(self, rows: Sequence[Row], taken: Sequence[int], steps: int, bucket: int) -> tuple[int, int, int, int]:
         """Blocks run, rows computed in them, and the same of heads, summed over steps.
 
-        A head is asked behind every segment if any row may leave, else behind the last one.
+        A head is run after every segment if any row may exit early, else after the last one.
         """
         early = any(self.known[row].exit_layers for row in rows)
         blocks = row_blocks = heads = row_heads = 0

@@ -34,7 +34,7 @@ class Request:
         thresholds: one per exit, infinite where no token may exit.
         priority: requests of a lower number go first.
         deadline: on the monotonic clock, in seconds; answers that are unfinished then end as they are.
-        may_leave: whether tokens may exit early anywhere.
+        may_exit: whether tokens may exit early anywhere.
     """
 
     request_id: str
@@ -49,10 +49,10 @@ class Request:
     deadline: float | None = None
     arrival_time: float = field(default_factory=time.monotonic)
     sequences: list[Sequence] = field(default_factory=list)
-    may_leave: bool = field(init=False)
+    may_exit: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        self.may_leave = any(threshold < math.inf for threshold in self.thresholds)
+        self.may_exit = any(threshold < math.inf for threshold in self.thresholds)
         self.sequences = [Sequence(self, index) for index in range(self.params.n)]
 
     @property
@@ -74,7 +74,7 @@ class Sequence:
         estimate: how long the answer will be, as far as a predictor knows.
         expected_tokens, promised_tokens: of the answer, by the estimate or its tail: the mean, and what pages are
             promised for. The `length` policy keeps them here.
-        parkings: how often it held pages and was left out of the next chunk after having been in one.
+        parkings: how often it was left out of a chunk after having been in one, while holding pages.
     """
 
     request: Request
@@ -158,7 +158,7 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """What the device does next: prefill these sequences, or decode them together.
+    """The next work of the device: prefill these sequences, or decode them together.
 
     Attributes:
         n_steps: decode steps at most; every row has pages for that many more tokens.
@@ -191,7 +191,7 @@ class RowResult:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What decoding cost. The device counts in an array of these fields, in this order. Prefill counts nothing.
+    """Counters of decoding. The device keeps them in one array, in the order of these fields. Prefill counts nothing.
 
     Attributes:
         steps: decode steps; one step is at most one token for every row of a batch.

@@ -1,6 +1,6 @@
 """Trained length heads, one small file beside a model's weights. No jax here.
 
-All of them speak of the natural logarithm of an answer's length in tokens, one column for each probability of
+All of them predict the natural logarithm of an answer's length in tokens, one column for each probability of
 `eejax.core.lengths.LEVELS` (Q of them).
 """
 
@@ -36,7 +36,7 @@ class LengthHeads:
         prompt: `[PROMPT_FEATURES + 1, Q]`, linear in `eejax.schedule.length_predictor.prompt_features`.
         hidden: `[hidden_size + HIDDEN_EXTRAS + 1, Q]`, linear in `eejax.schedule.length_predictor.hidden_features`.
         perception: `[Q]`, quantiles of the logarithm of length over what the model said; None where it was not asked.
-        about: what they were made from, for people.
+        about: how they were made, for human readers.
     """
 
     marginal: np.ndarray
@@ -80,7 +80,7 @@ def load_length_heads(folder: str | Path, config: ModelConfig) -> LengthHeads | 
     wanted = {"marginal": (q,), "prompt": (PROMPT_FEATURES + 1, q)}
     wanted["hidden"] = (config.hidden_size + HIDDEN_EXTRAS + 1, q)
     problems = [f"{name} is missing" for name in wanted if name not in tensors]
-    wanted["perception"] = (q,)  # need not be there
+    wanted["perception"] = (q,)  # optional
     for name, tensor in tensors.items():
         if name not in wanted:
             problems.append(f"{name} is not known")

@@ -76,7 +76,7 @@ class LengthPolicy(Policy):
 
     def finished(self, seq: Sequence) -> None:
         """Where its tokens exited is what to expect of the next request that may exit early."""
-        if seq.request.may_leave:
+        if seq.request.may_exit:
             self._exits.update(seq.exit_counts)
 
     def _order(self, seq: Sequence) -> tuple[float, ...]:
@@ -105,7 +105,7 @@ class LengthPolicy(Policy):
         if len(rows) == 1 or not self._cost.tells_rows_apart:
             return rows
         pages = [_rounded_pages(-(-seq.num_tokens // self._page_size)) for seq in rows]
-        if not any(seq.request.may_leave for seq in rows):
+        if not any(seq.request.may_exit for seq in rows):
             return self._split(rows, [RowGroup(1, p) for p in pages], list(map(float, pages)))[1]
         depths, resolved = self._depths(rows)
         each = [RowGroup(1, p, depths, r) for p, r in zip(pages, resolved, strict=True)]
@@ -142,7 +142,7 @@ class LengthPolicy(Policy):
 
     def _counts(self, seq: Sequence) -> dict[int, float]:
         """Its tokens by exit layer, with a few of other requests' tokens added."""
-        if not seq.request.may_leave:
+        if not seq.request.may_exit:
             return {}
         counts: dict[int, float] = dict(seq.exit_counts)
         prior = self._exits.total()

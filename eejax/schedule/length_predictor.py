@@ -74,7 +74,7 @@ class PromptPredictor(LengthPredictor):
 class HiddenPredictor(PromptPredictor):
     """Reads the last prompt token's hidden state; before prefill it knows what `PromptPredictor` knows.
 
-    The head also sees what was estimated before: n-grams tell a template, the hidden state what was asked in it.
+    The head also sees what was estimated before: n-grams show the template of a prompt, the hidden state its content.
     """
 
     needs_hidden = True
@@ -170,7 +170,7 @@ def hidden_features(hidden: np.ndarray, quantiles: np.ndarray) -> np.ndarray:
         `[..., hidden_size + Q]` float32.
     """
     wide = np.asarray(hidden, np.float64)
-    with np.errstate(all="ignore"):  # what is not finite ends as an estimate that knows nothing
+    with np.errstate(all="ignore"):  # numbers that are not finite give the estimate that knows nothing
         normal = wide / np.sqrt(np.mean(wide**2, axis=-1, keepdims=True) + 1e-6)
         return np.concatenate([normal, np.log(quantiles)], axis=-1).astype(np.float32)
 

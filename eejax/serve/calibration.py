@@ -1,4 +1,4 @@
-"""Certified thresholds, one small file beside a model's weights, and their use for requests. No jax here."""
+"""Certified thresholds: one small file beside a model's weights, and their use for requests. No jax here."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ type Leaves = Iterable[tuple[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class MeasureCalibration:
-    """What one measure promises.
+    """The promise for one measure.
 
     With probability `confidence` over the draw of calibration prompts, greedy answers of at most `max_tokens` tokens
     to prompts like those have an expected loss of at most `max_risk` at `threshold`.
@@ -50,8 +50,8 @@ class MeasureCalibration:
         num_prompts: prompts in the calibration set.
         risk: mean loss of the calibration set at `threshold`; 0 where that is None.
         mean_exit_layer: blocks that a decoded token ran there on average.
-        grid: thresholds that were to be tested, in this order.
-        p_values, risks, mean_exit_layers: of those that were: all up to the first that failed.
+        grid: thresholds to test, in this order.
+        p_values, risks, mean_exit_layers: of the thresholds tested: all up to the first that failed.
     """
 
     threshold: float | None
@@ -101,7 +101,7 @@ class Calibration:
     measures: Mapping[str, MeasureCalibration]
 
     def same_model(self, other: Calibration) -> bool:
-        """Whether both speak of the same weights and exits."""
+        """Whether both are of the same weights and exits."""
         return dataclasses.replace(self, measures=other.measures) == other
 
     def to_dict(self) -> dict[str, Any]:
@@ -112,7 +112,7 @@ class Calibration:
 def fingerprint(leaves: Leaves) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of parameters, in the order of their names.
 
-    It tells the weights that a promise was made for from all others: the same ones served as another dtype, too.
+    It identifies the weights that a promise was made for; the same weights served as another dtype are others.
     """
     digest = hashlib.sha256()
     for name, leaf in sorted(leaves, key=lambda item: item[0]):
@@ -151,7 +151,7 @@ def load_calibration(folder: str | Path) -> Calibration | None:
 
 
 class CalibratedThresholds:
-    """Resolves `EarlyExitParams(threshold="calibrated")` for one loaded model; costs nothing until somebody asks.
+    """Resolves `EarlyExitParams(threshold="calibrated")` for one loaded model; nothing is read before the first use.
 
     Args:
         folder: that the model was loaded from; None where it came from no folder.
@@ -168,7 +168,7 @@ class CalibratedThresholds:
         self._warned: set[str] = set()
 
     def thresholds_for(self, params: EarlyExitParams, model: ModelConfig) -> tuple[float, ...]:
-        """One threshold per exit of `model`, `inf` where a request may not leave; looked up where it is "calibrated".
+        """One threshold per exit of `model`, `inf` where a request may not exit; looked up where it is "calibrated".
 
         Raises:
             InvalidRequestError: nothing was calibrated for this measure, these exits or these weights; `exit_layers` or

@@ -44,7 +44,7 @@ class Engine:
         tokenizer: needed for text prompts, stop strings and text output.
         eos_ids: tokens that end an answer unless the request ignores them.
         predictor: estimates the lengths of answers for the scheduler.
-        folder: that the model was loaded from, and that has its calibrated thresholds; None where there is none.
+        folder: the folder that the model was loaded from, which may hold calibrated thresholds.
     """
 
     def __init__(
@@ -234,7 +234,7 @@ class Engine:
         )
 
     def exit_complaint(self) -> str | None:
-        """What to tell the user if exits have cost more than they saved; once only, as `ExitLedger.complaint`."""
+        """A message for the user if exits have cost more than they saved, see `ExitLedger.complaint`."""
         return None if self._ledger is None else self._ledger.complaint()
 
     def _end(self, request: Request, reason: FinishReason) -> RequestOutput:
@@ -260,7 +260,7 @@ class Engine:
             self.scheduler.finish(seq, "stop")
 
     def _output(self, request: Request) -> RequestOutput:
-        """What there is of a request; when it is finished, forget it."""
+        """The answers to a request so far; a finished request is dropped."""
         texts = [self._detokenizers[seq].text if seq in self._detokenizers else "" for seq in request.sequences]
         outputs = tuple(map(CompletionOutput.of, request.sequences, texts))
         if request.finished:
@@ -278,7 +278,7 @@ class Engine:
         """Drop a finished request, and enter what exits cost and saved it where it asked their heads."""
         self._requests.pop(request.request_id, None)
         early_exit = request.params.early_exit
-        asked_heads = early_exit is not None and early_exit.measure in LOGIT_MEASURES and request.may_leave
+        asked_heads = early_exit is not None and early_exit.measure in LOGIT_MEASURES and request.may_exit
         if asked_heads and self._ledger is None:
             self._ledger = ExitLedger(self.config.model, self.config.scheduler.max_num_seqs)
         for seq in request.sequences:

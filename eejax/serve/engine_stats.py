@@ -1,4 +1,4 @@
-"""What an engine has done, and how busy it is. No jax here."""
+"""Counters of an engine, and its present load. No jax here."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from eejax.core import Counts
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats(Counts):
-    """Counts since the engine started, and its present load. What decoding cost is `Counts`.
+    """Counts since the engine started, and its present load. The fields of `Counts` are about decoding.
 
     Attributes:
         tokens: answer tokens produced; `prompt_tokens` were prefilled (again after a preemption).

@@ -1,8 +1,8 @@
-"""What asking an exit costs, and what leaving there saves, in transformer blocks. No jax here.
+"""What testing an exit costs, and what exiting there saves, in transformer blocks. No jax here.
 
 The unit is the weights of one block that a token reads, so the figures are the same for bytes and for multiply-adds.
-Attention over the context and fill-in of the keys and values of skipped blocks are not counted. The first makes blocks,
-and so what is saved, dearer where contexts are long; the second makes it less.
+Attention over the context and fill-in of the keys and values of skipped blocks are not counted. Long contexts make
+blocks more expensive and so raise the saving; fill-in lowers it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from eejax.core import ModelConfig
 
 MIN_TOKENS = 256
-"""Tokens whose exits were seen, before anything is concluded from them."""
+"""Tokens that must have been decoded before anything is concluded from their exits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,9 +23,9 @@ class PartSizes:
     """Parameters of a model's parts.
 
     Attributes:
-        block: of one block; `fill`, those of them that KV fill-in reads: the K and V projection's matrix.
-        heads: read when logits are computed at an exit point, by exit point; a block that the exit owns among them.
-        bodies: of those, what stands before the output matrix, by exit layer; a probe reads it. The probe itself, one
+        block: of one block; `fill` is the part that KV fill-in reads: the K and V projection's matrix.
+        heads: read when logits are computed at an exit point, by exit point, including a block that the exit owns.
+        bodies: of those, the part before the output matrix, by exit layer; a probe reads it. The probe itself, one
             number for each of the hidden state's, is not worth counting.
     """
 
@@ -54,9 +54,9 @@ class ExitCost:
 
     Attributes:
         layer: blocks below it.
-        asked: what asking it costs a token.
-        saved: what leaving there saves a token: the blocks above, and the last head. Logits that let a token leave name
-            it as well; under other measures it asks the exit's output matrix in place of the last one.
+        asked: cost of testing it for one token.
+        saved: what a token saves by exiting there: the blocks above, and the last head. The logits by which a token
+            exits also give the next token; under other measures the exit's output matrix is read in place of the last.
     """
 
     layer: int
@@ -65,9 +65,9 @@ class ExitCost:
 
     @property
     def break_even(self) -> float:
-        """Of the tokens that ask, the share that must leave here so that asking costs nothing.
+        """Of the tokens tested, the share that must exit here so that testing costs nothing.
 
-        The exit is taken by itself: whoever does not leave here asks no later exit and runs all blocks.
+        The exit is taken by itself: a token that does not exit here tests no later exit and runs all blocks.
         """
         return self.asked / self.saved
 
@@ -76,7 +76,7 @@ def exit_costs(config: ModelConfig, *, with_logits: bool) -> tuple[ExitCost, ...
     """Each exit's costs, in ascending order.
 
     Args:
-        with_logits: the measure needs the exit's vocabulary projection, not only what stands before it.
+        with_logits: the measure needs the exit's vocabulary projection, not only the part before it.
     """
     sizes, last = PartSizes.of(config), config.n_layers
     found = []
@@ -91,12 +91,12 @@ def exit_costs(config: ModelConfig, *, with_logits: bool) -> tuple[ExitCost, ...
 def asked_and_left(
     layers: Sequence[int], thresholds: Sequence[float], tokens_at: Mapping[int, int]
 ) -> dict[int, tuple[int, int]]:
-    """By exit layer, how many tokens asked the exit, and how many of these left there.
+    """By exit layer, how many tokens tested the exit, and how many of these exited there.
 
     Args:
         layers: the model's exits.
-        thresholds: one per exit, infinite where none was asked.
-        tokens_at: how many tokens ran so many blocks.
+        thresholds: one per exit, infinite where it is not tested.
+        tokens_at: number of tokens by blocks run.
     """
     return {
         layer: (sum(count for depth, count in tokens_at.items() if depth >= layer), tokens_at.get(layer, 0))
@@ -110,7 +110,7 @@ class ExitLedger:
     """What the exits of one model have cost and saved, over requests whose measure needs logits.
 
     Args:
-        slots: sequences that decode together at the most; the complaint names it.
+        slots: sequences that decode together at most; the complaint names it.
     """
 
     def __init__(self, config: ModelConfig, slots: int) -> None:
@@ -129,7 +129,7 @@ class ExitLedger:
             self._left[layer] += left
 
     def complaint(self) -> str | None:
-        """What to tell the user if exits have cost more than they saved; only once, and not before `MIN_TOKENS`."""
+        """A message for the user if exits have cost more than they saved; only once, and not before `MIN_TOKENS`."""
         if self._complained or self._tokens < MIN_TOKENS:
             return None
         paid = sum(e.asked * self._asked[e.layer] for e in self._costs) / self._tokens
@@ -144,9 +144,9 @@ class ExitLedger:
         )
         return (
             f"the exits of this model cost more than they save: over {self._tokens} decoded tokens, a token paid "
-            f"{paid:.2f} blocks for the exits that it asked and saved {saved:.2f} by leaving, of {self._n_layers} "
-            "blocks (by weights read; the last head, which a leaving token does not ask, counts as saved). An exit by "
-            f"itself pays where at least this share of the tokens that ask it leave there: {shares}. This counts each "
+            f"{paid:.2f} blocks for the exits that it tested and saved {saved:.2f} by exiting, of {self._n_layers} "
+            "blocks (by weights read; the last head, which an exiting token does not run, counts as saved). An exit by "
+            f"itself pays where at least this share of the tokens that test it exit there: {shares}. This counts each "
             f"token by itself: rows of a batch (up to {self._slots} slots here) read weights together, and a block is "
             "saved only where none of them needs it. To pay less, keep the exits that pay and set the thresholds of "
             "the others to infinity (or name the kept ones in exit_layers), choose a measure without logits "

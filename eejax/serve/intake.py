@@ -24,7 +24,7 @@ from eejax.serve.calibration import CalibratedThresholds
 
 
 class TextCodec(Protocol):
-    """What the engine needs of a tokenizer."""
+    """The part of a tokenizer that the engine needs."""
 
     bos_id: int | None
     cleans_up: bool

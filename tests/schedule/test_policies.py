@@ -73,7 +73,7 @@ class Device(FakeDevice):
 
     def _layers(self, seq, count):
         done = len(seq.output_token_ids)
-        early = [seq.request.may_leave and i > 0 and i % 3 != 0 for i in range(done, done + count)]
+        early = [seq.request.may_exit and i > 0 and i % 3 != 0 for i in range(done, done + count)]
         return [DEPTH // 2 if leaves else DEPTH for leaves in early]
 
 

@@ -84,7 +84,7 @@ def test_the_complaint_by_hand() -> None:
     text = both.complaint()
     assert text is not None
     for part in (
-        "over 300 decoded tokens", "paid 3.33 blocks", "saved 1.83 by leaving, of 3 blocks",
+        "over 300 decoded tokens", "paid 3.33 blocks", "saved 1.83 by exiting, of 3 blocks",
         "0.50 after block 1 (0.33 did), 0.67 after block 2 (0.25 did)", "up to 7 slots", "infinity", "(similarity)",
     ):  # fmt: skip
         assert part in text
