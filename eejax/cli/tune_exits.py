@@ -111,14 +111,21 @@ def tune_exits(
             data,
             out=out,
             overwrite=overwrite,
-            exit_layers=integers("--exit-layers", exit_layers),
-            exit_head=cast("ExitHeadKind | None", exit_head),  # any other is refused there
-            tie_output=tie_output,
-            probes=probes,
+            exits=exit_tuning.ExitChoice(
+                layers=integers("--exit-layers", exit_layers),
+                head=cast("ExitHeadKind | None", exit_head),  # any other is refused there
+                tie_output=tie_output,
+                probes=probes,
+            ),
             eval_data=eval_data,
-            dtype=dtype,
             options=exit_tuning.TuningOptions(
-                steps=steps, batch_tokens=batch_tokens, seq_len=seq_len, lr=lr, eval_share=eval_share, seed=seed
+                steps=steps,
+                batch_tokens=batch_tokens,
+                seq_len=seq_len,
+                lr=lr,
+                eval_share=eval_share,
+                seed=seed,
+                dtype=dtype,
             ),
             progress=sys.stderr.isatty(),
         )

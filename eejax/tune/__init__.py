@@ -5,10 +5,11 @@ Each has a command of its own; training needs the extra `train`.
 
 from __future__ import annotations
 
-from eejax.tune.calibrator import LOSSES, CalibrationOptions, Losses, LossMeter, usable_prompts
-from eejax.tune.length_training import LengthTarget, choose_prompts
+from eejax.tune.answer_losses import LOSSES, Losses, LossMeter, agreement, rouge_l, usable_prompts
+from eejax.tune.calibrator import CalibrationOptions
+from eejax.tune.length_labels import choose_prompts
+from eejax.tune.length_training import LengthTarget
 from eejax.tune.risk import fixed_sequence
-from eejax.tune.text_overlap import agreement, rouge_l
 from eejax.tune.tuning_data import read_documents, text_bytes
 
 __all__ = [

@@ -1,27 +1,19 @@
-"""Thresholds that keep a promise, from a model's own answers: losses against full depth, then Learn-then-Test.
-
-Losses are measured under the engine's own decode, in whatever batches it makes: a request's tokens do not depend on
-its batch, so neither does its loss, and what is certified here holds in every batch.
-"""
+"""Thresholds that keep a promise, from a model's own answers: losses against full depth, then Learn-then-Test."""
 
 from __future__ import annotations
 
 import logging
 import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, cast
+from typing import cast
 
 from eejax.core import (
     MODEL_MEASURES,
     EarlyExitParams,
-    ExitCostWarning,
     Measure,
     ModelConfig,
-    PromptLike,
-    SamplingParams,
     is_number,
     require,
     require_positive_int,
@@ -29,10 +21,9 @@ from eejax.core import (
 )
 from eejax.model import leaves, load_config
 from eejax.serve import LLM, Calibration, MeasureCalibration, fingerprint, load_calibration, save_calibration
-from eejax.text import prompt_ids
-from eejax.tune.length_training import choose_prompts
+from eejax.tune.answer_losses import LOSSES, Loss, Losses, LossMeter, usable_prompts
+from eejax.tune.length_labels import choose_prompts
 from eejax.tune.risk import check_bound, fixed_sequence, requests_needed
-from eejax.tune.text_overlap import agreement, rouge_l
 
 log = logging.getLogger(__name__)
 
@@ -46,52 +37,6 @@ GRIDS: dict[Measure, tuple[float, ...]] = {
     "classifier": PROBABILITIES,
 }
 """Thresholds to test, most cautious first. Fixed: a grid made from the calibration set would break the test."""
-
-
-@dataclass(frozen=True, slots=True)
-class AnswerPair:
-    """An early-exit answer beside the full-depth one to the same prompt: what a loss looks at. Answers are greedy.
-
-    Attributes:
-        prompt, early, full_depth: token ids.
-        early_text, full_depth_text: of the answers; empty without a tokenizer.
-        choices: gives, for every token of `early`, the full-depth model's greedy choice after the same text (a forward
-            pass of the model, where the answers differ).
-    """
-
-    prompt: tuple[int, ...]
-    early: tuple[int, ...]
-    full_depth: tuple[int, ...]
-    early_text: str
-    full_depth_text: str
-    choices: Callable[[], Sequence[int]]
-
-
-class Loss(Protocol):
-    """How bad an answer is, from 0 (as good as full depth) to 1."""
-
-    def __call__(self, pair: AnswerPair, /) -> float:
-        """The loss of `pair.early`."""
-        ...
-
-
-def _disagreement(pair: AnswerPair) -> float:
-    return 1.0 - agreement(pair.early, pair.choices())
-
-
-def _rouge_l(pair: AnswerPair) -> float:
-    if pair.full_depth_text or pair.early_text:
-        return 1.0 - rouge_l(pair.early_text, pair.full_depth_text)
-    return 1.0 - rouge_l(pair.early, pair.full_depth)
-
-
-def _exact(pair: AnswerPair) -> float:
-    return float(pair.early != pair.full_depth)
-
-
-LOSSES: dict[str, Loss] = {"agreement": _disagreement, "rouge-l": _rouge_l, "exact": _exact}
-"""`agreement`: share of decoded tokens that full depth would not have chosen after the same text. `rouge-l`: one minus
-ROUGE-L with the full-depth answer. `exact`: 1 where the answers differ."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,73 +103,6 @@ class CalibrationOptions:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Losses:
-    """Losses of all prompts at one threshold, and the blocks that a decoded token ran on average."""
-
-    values: tuple[float, ...]
-    mean_exit_layer: float
-
-
-class LossMeter:
-    """Answers the same prompts again and again, and holds each answer against full depth.
-
-    Args:
-        llm: idle.
-        prompts: token ids; each leaves room for an answer of `max_tokens`.
-        loss: of an answer.
-    """
-
-    def __init__(self, llm: LLM, prompts: Sequence[Sequence[int]], loss: Loss, max_tokens: int) -> None:
-        self._llm = llm
-        self._prompts = [tuple(prompt) for prompt in prompts]
-        self._loss = loss
-        self._max_tokens = max_tokens
-        self._full_depth = self._answers(None)
-
-    def _answers(self, early_exit: EarlyExitParams | None) -> list[tuple[tuple[int, ...], str, tuple[int, ...]]]:
-        """Ids, text and exit layers of every greedy answer."""
-        params = SamplingParams(temperature=0.0, max_tokens=self._max_tokens, early_exit=early_exit)
-        asked: list[PromptLike] = [{"prompt_token_ids": list(prompt)} for prompt in self._prompts]
-        found = []
-        with warnings.catch_warnings():
-            # The grid begins with thresholds that hardly anything passes.
-            warnings.simplefilter("ignore", ExitCostWarning)
-            outputs = self._llm.generate(asked, params, use_tqdm=False)
-        for output in outputs:
-            if output.error is not None:
-                raise output.error
-            [answer] = output.outputs
-            found.append((answer.token_ids, answer.text, answer.exit_layers))
-        return found
-
-    def measure(self, early_exit: EarlyExitParams) -> Losses:
-        """Losses under `early_exit`, in the order of the prompts.
-
-        Raises:
-            ConfigError: a loss is no number in [0, 1].
-        """
-        losses, layers = [], []
-        for prompt, early, full in zip(self._prompts, self._answers(early_exit), self._full_depth, strict=True):
-
-            def choices(prompt: tuple[int, ...] = prompt, early: tuple = early, full: tuple = full) -> Sequence[int]:
-                # An answer that full depth gives as well is made of nothing but its choices.
-                return full[0] if early[0] == full[0] else full_depth_choices(self._llm, prompt, early[0])
-
-            loss = self._loss(AnswerPair(prompt, early[0], full[0], early[1], full[1], choices))
-            require(is_number(loss) and 0 <= loss <= 1, f"a loss must be a number in [0, 1], got {loss!r}")
-            losses.append(float(loss))
-            layers += early[2][1:]
-        depth = self._llm.config.model.n_layers
-        return Losses(tuple(losses), sum(layers) / len(layers) if layers else float(depth))
-
-
-def full_depth_choices(llm: LLM, prompt: Sequence[int], answer: Sequence[int]) -> tuple[int, ...]:
-    """For every token of an answer, what the full-depth model would have chosen after the same text."""
-    scores = llm.engine.runner.score((*prompt, *answer), start=len(prompt))
-    return tuple(scores.choices[len(prompt) - 1 : -1].tolist())
-
-
 def certify(meter: LossMeter, measure: Measure, model: ModelConfig, options: CalibrationOptions) -> MeasureCalibration:
     """Find the lowest threshold of one measure that keeps the promise; nothing behind the first failure is run."""
     grid = options.grid_of(measure)
@@ -251,12 +129,6 @@ def certify(meter: LossMeter, measure: Measure, model: ModelConfig, options: Cal
         risks=tuple(one.risk for one in tested),
         mean_exit_layers=tuple(one.mean_exit_layer for one in measured),
     )
-
-
-def usable_prompts(llm: LLM, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
-    """Token ids of the prompts that leave room for `max_tokens` more, as single messages where there is a template."""
-    limit = llm.config.max_model_len - max_tokens
-    return [ids for text in texts if 0 < len(ids := prompt_ids(llm.tokenizer, text)) <= limit]
 
 
 def calibrate(

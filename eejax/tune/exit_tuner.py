@@ -41,6 +41,7 @@ class TuningOptions:
         lr: peak of the learning rate, relative to the size of what is learnt.
         eval_share: share of the documents that is held out, where no text for evaluation is given.
         seed: of the split and of the order of documents.
+        dtype: what the backbone computes in; by default float32 on CPU and bfloat16 elsewhere.
     """
 
     steps: int = 300
@@ -49,6 +50,7 @@ class TuningOptions:
     lr: float = 0.02
     eval_share: float = 0.05
     seed: int = 0
+    dtype: str | None = None
 
     def __post_init__(self) -> None:
         require_positive_int("TuningOptions", batch_tokens=self.batch_tokens)

@@ -33,24 +33,34 @@ from eejax.tune.tuning_data import hold_out, read_documents, text_bytes
 REPORT_FILE = "exit_tuning.json"
 
 
-def choose_exits(
-    model: ModelConfig,
-    layers: Sequence[int] | None = None,
-    head: ExitHeadKind | None = None,
-    tie_output: bool | None = None,
-    probes: bool | None = None,
-) -> ModelConfig:
-    """The model with the exits that are to be tuned; what is not given is as the model has it.
+@dataclasses.dataclass(frozen=True, slots=True)
+class ExitChoice:
+    """The exits that are to be tuned. What is None is as the model has it; `choose_exits` says what else it may be.
+
+    Attributes:
+        layers: blocks after which exits stand.
+        head: `shared`, `norm` or `mlp`.
+        tie_output: exits share the LM head's matrix.
+        probes: exits have probes, for the measure `classifier`.
+    """
+
+    layers: Sequence[int] | None = None
+    head: ExitHeadKind | None = None
+    tie_output: bool | None = None
+    probes: bool | None = None
+
+
+def choose_exits(model: ModelConfig, choice: ExitChoice) -> ModelConfig:
+    """The model with the exits that are to be tuned.
 
     A model without exits gets `norm` heads after a quarter, a half and three quarters of its blocks. Exits get probes
-    unless `probes` says otherwise.
+    unless `choice.probes` is false.
 
     Raises:
         ConfigError: an exit layer does not exist, or exits of this kind cannot be tuned.
     """
-    old = model.exits
-    if head is None:
-        head = old.head if old.layers else "norm"
+    old, layers = model.exits, choice.layers
+    head = choice.head if choice.head is not None else old.head if old.layers else "norm"
     require(head != "block", "exit heads of kind 'block' cannot be tuned; choose 'shared', 'norm' or 'mlp'")
     if layers is None:
         quarters = {round(model.n_layers * part / 4) for part in (1, 2, 3)}
@@ -63,8 +73,8 @@ def choose_exits(
         layers=tuple(sorted(set(layers))),
         head=head,
         norm=old.norm or not same,
-        tie_output=tie_output if tie_output is not None else old.tie_output or not same,
-        probes=True if probes is None else probes,
+        tie_output=choice.tie_output if choice.tie_output is not None else old.tie_output or not same,
+        probes=choice.probes is not False,
     )
     new = [layer for layer in exits.layers if layer not in old.layers]
     require(exits.norm or not new, f"the model's exits have no norm, so none can be added after blocks {new}")
@@ -74,8 +84,8 @@ def choose_exits(
 def start_exits(config: ModelConfig, model: ModelConfig, params: dict) -> dict:
     """Parameters of `model` with the exits of `config` in place of its own.
 
-    An exit that `model` has already, of the same kind, starts from there; any other equals the shared head to begin
-    with (`eejax.model.exit_heads.add_exits`), and its probe is undecided.
+    An exit that `model` has already, of the same kind, starts from there; any other equals the shared head at first
+    (`eejax.model.add_exits`), and its probe gives a confidence of one half.
     """
     _, added = add_exits(model, params, dataclasses.replace(config.exits, norm=True))
     have = dict(leaves(added))
@@ -90,12 +100,8 @@ def tune_exits(
     *,
     out: str | Path | None = None,
     overwrite: bool = False,
-    exit_layers: Sequence[int] | None = None,
-    exit_head: ExitHeadKind | None = None,
-    tie_output: bool | None = None,
-    probes: bool | None = None,
+    exits: ExitChoice | None = None,
     eval_data: str | Path | None = None,
-    dtype: str | None = None,
     options: TuningOptions | None = None,
     progress: bool = False,
 ) -> tuple[dict[str, Any], Path | None]:
@@ -108,10 +114,9 @@ def tune_exits(
         path: an eejax checkpoint or a Hugging Face folder.
         data, eval_data: files that `eejax.tune.read_documents` reads; without `eval_data`, documents of `data` are held
             out.
-        out: the folder to write; `path` with `-exits` behind it by default.
-        overwrite: replace a checkpoint that is there.
-        exit_layers, exit_head, tie_output, probes: the exits, as `choose_exits` says.
-        dtype: what the backbone computes in; by default float32 on CPU and bfloat16 elsewhere.
+        out: the folder to write; by default `path` with `-exits` appended to its name.
+        overwrite: replace an existing checkpoint.
+        exits: which exits to tune; by default those of the model, with probes.
         progress: show bars on stderr.
 
     Returns:
@@ -119,27 +124,15 @@ def tune_exits(
         With `steps` 0 the model is evaluated with the exits that it would begin with, and nothing is written.
 
     Raises:
-        ConfigError, CheckpointError, TokenizerError: an option or a file is not as it must be, or there is no optax.
-            Before any work, and nothing is written.
+        ConfigError, CheckpointError, TokenizerError: an option or a file is not as it must be, or optax is missing. It
+            is raised before any work, and nothing is written.
     """
-    options = options or TuningOptions()
-    path, wanted = Path(path).resolve(), resolve_dtype(dtype)
-    trains = options.steps > 0
-    target = None
-    if trains:
-        import_optax()
-        target = path.with_name(path.name + "-exits") if out is None else Path(out).resolve()
-        check_target(path, target, overwrite)
-    require(trains or out is None, "with steps 0 nothing is written, so out cannot be given")
+    options, path = options or TuningOptions(), Path(path).resolve()
+    dtype, trains = resolve_dtype(options.dtype), options.steps > 0
+    target = _target(path, out, overwrite, trains)
     model = load_config(path)
-    require(trains or not probes or model.exits.probes, "with steps 0 no probes are trained, and the model has none")
-    config = choose_exits(model, exit_layers, exit_head, tie_output, model.exits.probes if not trains else probes)
-    options.shape(config)
-    learnt = config.exits.probes or config.exits.head == "mlp" or not config.exits.tie_output
-    require(
-        not trains or learnt or (config.exits.head == "norm" and config.exits.norm),
-        f"{config.exits.head!r} exits without probes have nothing to tune; choose 'norm' or 'mlp', or tune probes",
-    )
+    config = _exits_to_tune(model, exits or ExitChoice(), trains)
+    options.shape(config)  # refuses a sequence length that the model cannot read
     tokenizer = load_tokenizer(path)
     with _status(f"reading {data}", progress):
         train = _documents(data, tokenizer, model)
@@ -148,15 +141,15 @@ def tune_exits(
         else:
             held_out = _documents(eval_data, tokenizer, model)
     with _status(f"loading {path}", progress):
-        tuner = Tuner(config, start_exits(config, *load_checkpoint(path, wanted)), options, progress)
+        tuner = Tuner(config, start_exits(config, *load_checkpoint(path, dtype)), options, progress)
     n_bytes = text_bytes(held_out, tokenizer)
     before = tuner.evaluate(held_out, n_bytes, "evaluating before")
     if not model.exits.probes or config.exits.head != model.exits.head:
-        for found in before["exits"].values():  # probes that have learnt nothing have nothing to say
+        for found in before["exits"].values():  # these probes are untrained: their confidences mean nothing
             found["confidence"].pop("classifier", None)
     report = {
         "exits": {**dataclasses.asdict(config.exits), "layers": list(config.exits.layers)},
-        "settings": {**dataclasses.asdict(options), "seq_len": tuner.shape[1], "dtype": wanted.name},
+        "settings": {**dataclasses.asdict(options), "seq_len": tuner.shape[1], "dtype": dtype.name},
         "training_documents": len(train) if trains else 0,
         "evaluation": {
             "documents": len(held_out),
@@ -170,12 +163,36 @@ def tune_exits(
     stored = {name: leaf for name, leaf in load_lazily(path)[1].items() if name != "exits"}
     tuner.train(train, stored["norm"].dtype)
     report["evaluation"]["after"] = tuner.evaluate(held_out, n_bytes, "evaluating after")
-    exits = jax.tree.map(lambda leaf: leaf.astype(stored["norm"].dtype), tuner.exits)
+    learnt = jax.tree.map(lambda leaf: leaf.astype(stored["norm"].dtype), tuner.exits)
     with replacing_folder(target) as folder:
         copy_tokenizer(path, folder)
         (folder / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n")
-        write_checkpoint(folder, config, {**stored, "exits": exits} if jax.tree.leaves(exits) else stored)
+        write_checkpoint(folder, config, {**stored, "exits": learnt} if jax.tree.leaves(learnt) else stored)
     return report, target
+
+
+def _target(path: Path, out: str | Path | None, overwrite: bool, trains: bool) -> Path | None:
+    """The folder to write, None where nothing is trained. Refuses to train without optax, or into a folder in use."""
+    if not trains:
+        require(out is None, "with steps 0 nothing is written, so out cannot be given")
+        return None
+    import_optax()
+    target = path.with_name(path.name + "-exits") if out is None else Path(out).resolve()
+    check_target(path, target, overwrite)
+    return target
+
+
+def _exits_to_tune(model: ModelConfig, choice: ExitChoice, trains: bool) -> ModelConfig:
+    """`choose_exits`; refuses exits in which nothing can be learnt, and untrained probes where nothing is trained."""
+    if not trains:
+        require(not choice.probes or model.exits.probes, "with steps 0 no probes are trained, and the model has none")
+        return choose_exits(model, dataclasses.replace(choice, probes=model.exits.probes))
+    exits = choose_exits(model, choice).exits
+    require(
+        exits.probes or exits.head == "mlp" or not exits.tie_output or (exits.head == "norm" and exits.norm),
+        f"{exits.head!r} exits without probes have nothing to tune; choose 'norm' or 'mlp', or tune probes",
+    )
+    return dataclasses.replace(model, exits=exits)
 
 
 def _status(says: str, shown: bool) -> AbstractContextManager:

@@ -9,7 +9,8 @@ import pytest
 
 from bench.__main__ import main
 from bench.calibration import on_all_prompts, resample
-from eejax.tune.calibrator import CalibrationOptions, Losses
+from eejax.tune.answer_losses import Losses
+from eejax.tune.calibrator import CalibrationOptions
 
 OPTIONS = CalibrationOptions(max_risk=0.1, confidence=0.9)
 GRID = (0.9, 0.5, 0.1)

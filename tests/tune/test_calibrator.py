@@ -14,15 +14,15 @@ import pytest
 from typer.testing import CliRunner
 
 from eejax import LLM, ConfigError, EarlyExitParams, InvalidRequestError, SamplingParams
-from eejax.cli import app as cli
+from eejax.cli.app import app
 from eejax.core import MODEL_MEASURES, ExitConfig, ModelConfig
 from eejax.model.weights import load_checkpoint
 from eejax.model.weights_writer import save_checkpoint
 from eejax.serve.calibration import CALIBRATION_FILE, load_calibration, save_calibration
 from eejax.text.tokenizer_files import CONFIG_FILE, MODEL_FILE
 from eejax.tune import calibrator
-from eejax.tune.calibrator import AnswerPair, CalibrationOptions, LossMeter, calibrate, certify
-from eejax.tune.text_overlap import agreement, rouge_l
+from eejax.tune.answer_losses import LOSSES, AnswerPair, Losses, LossMeter, agreement, rouge_l
+from eejax.tune.calibrator import CalibrationOptions, calibrate, certify
 from tests.cases import CLEAR, random_model, random_params, random_prompt
 from tests.reference import Reference, generate
 from tests.tokenizer_cases import train_sentencepiece
@@ -61,7 +61,7 @@ def folder(made: Path):
     (made / CALIBRATION_FILE).unlink(missing_ok=True)
 
 
-def meter(folder: Path, prompts: Sequence[Sequence[int]], loss=calibrator.LOSSES["agreement"], **options) -> LossMeter:
+def meter(folder: Path, prompts: Sequence[Sequence[int]], loss=LOSSES["agreement"], **options) -> LossMeter:
     return LossMeter(LLM(folder, **{"max_num_seqs": 1} | options), prompts, loss, MAX_TOKENS)
 
 
@@ -80,7 +80,7 @@ def test_losses_are_the_reference_s_in_every_batch(made: Path, options):
 
     def looks(pair: AnswerPair) -> float:
         seen.append((pair, tuple(pair.choices())))
-        return calibrator.LOSSES["agreement"](pair)
+        return LOSSES["agreement"](pair)
 
     answers = reference_answers(made)
     losses = meter(made, [one[0] for one in answers], looks, **options).measure(EARLY)
@@ -117,7 +117,7 @@ def reference_answers(folder: Path) -> list[tuple]:
 def test_the_losses_that_come_with_it():
     pair = AnswerPair((1,), (5, 6, 7, 8), (5, 6, 9, 8), "a b c d", "a b x d", lambda: (5, 6, 9, 8))
     same = AnswerPair((1,), (5, 6), (5, 6), "", "", lambda: (5, 6))
-    losses = calibrator.LOSSES
+    losses = LOSSES
     assert losses["agreement"](pair) == pytest.approx(1 / 3) == 1 - agreement(pair.early, pair.choices())
     assert losses["rouge-l"](pair) == pytest.approx(1 / 4) == 1 - rouge_l(pair.early_text, pair.full_depth_text)
     assert losses["exact"](pair) == 1.0
@@ -132,9 +132,9 @@ def test_certifying_stops_behind_the_first_failure():
         def __init__(self) -> None:
             pass
 
-        def measure(self, early_exit: EarlyExitParams) -> calibrator.Losses:
+        def measure(self, early_exit: EarlyExitParams) -> Losses:
             asked.append((early_exit.threshold, early_exit.measure))
-            return calibrator.Losses((1 - early_exit.threshold,) * 60, 3 * early_exit.threshold)
+            return Losses((1 - early_exit.threshold,) * 60, 3 * early_exit.threshold)
 
     options = CalibrationOptions(0.2, 0.9, grid=(0.5, 0.98, 0.9, 1.0, 0.7), loss="exact", max_tokens=5)
     found = certify(Meter(), "margin", random_model("mqa")[0], options)
@@ -219,7 +219,7 @@ def test_where_nothing_can_be_certified_it_says_so_and_runs_at_full_depth(folder
 
 
 def run(*arguments: object):
-    return CliRunner().invoke(cli.app, [str(one) for one in arguments])
+    return CliRunner().invoke(app, [str(one) for one in arguments])
 
 
 def test_the_command_line(folder: Path):

@@ -27,7 +27,7 @@ from eejax.text.tokenizer_files import CONFIG_FILE, MODEL_FILE
 from eejax.tune import exit_tuning
 from eejax.tune.exit_objective import head_loss, separated
 from eejax.tune.exit_tuner import Tuner, TuningOptions, optimiser
-from eejax.tune.exit_tuning import REPORT_FILE, choose_exits, start_exits, tune_exits
+from eejax.tune.exit_tuning import REPORT_FILE, ExitChoice, choose_exits, start_exits, tune_exits
 from eejax.tune.tuning_data import pack
 from tests.cases import random_params
 from tests.hf_folders import make_folder, plain_config
@@ -145,7 +145,7 @@ def test_what_is_reported_is_true_of_what_is_written(plain: Path, data: Path, tu
 
 def test_tuning_goes_on_from_the_exits_that_are_there(data: Path, tuned: tuple[dict, Path], tmp_path: Path) -> None:
     options = TuningOptions(steps=1, batch_tokens=256, seq_len=32, lr=1e-12, eval_share=0.2)
-    _, folder = tune_exits(tuned[1], data, out=tmp_path / "more", exit_layers=(2,), options=options)
+    _, folder = tune_exits(tuned[1], data, out=tmp_path / "more", exits=ExitChoice((2,)), options=options)
     assert folder is not None
     assert load_checkpoint(folder)[0].exits == ExitConfig((2,), "norm", probes=True)
     before, after = by_name(tuned[1]), by_name(folder)
@@ -191,7 +191,7 @@ def test_every_exit_begins_as_the_shared_head(plain: Path, head: str, tie_output
     model, params = load_checkpoint(plain)
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, (1, 9))
     wanted_config = model.with_exit_layers((1, 2))
-    config = choose_exits(model, (2, 1), head, tie_output, True)
+    config = choose_exits(model, ExitChoice((2, 1), head, tie_output, True))
     got_params = start_exits(config, model, params)
     assert config.exits == ExitConfig((1, 2), head, tie_output=tie_output, probes=True)
     want, got = bind(wanted_config, params), bind(config, got_params)
@@ -208,10 +208,7 @@ def test_mlp_heads_with_matrices_of_their_own_learn_more(plain: Path, data: Path
         plain,
         data,
         out=tmp_path / "mlp",
-        exit_layers=(2,),
-        exit_head="mlp",
-        tie_output=False,
-        probes=False,
+        exits=ExitChoice((2,), "mlp", tie_output=False, probes=False),
         eval_data=data,
         options=TuningOptions(steps=60, batch_tokens=256, seq_len=32, lr=0.02),
     )
@@ -226,9 +223,7 @@ def test_mlp_heads_with_matrices_of_their_own_learn_more(plain: Path, data: Path
 
 
 def test_shared_heads_only_get_probes(plain: Path, data: Path, tmp_path: Path) -> None:
-    report, folder = tune_exits(
-        plain, data, out=tmp_path / "probed", exit_layers=(2,), exit_head="shared", options=QUICK
-    )
+    report, folder = tune_exits(plain, data, out=tmp_path / "probed", exits=ExitChoice((2,), "shared"), options=QUICK)
     before, after = (report["evaluation"][when]["exits"]["2"] for when in ("before", "after"))
     assert folder is not None
     assert set(by_name(folder)) - set(by_name(plain)) == {"exits.after_2.probe_weight", "exits.after_2.probe_bias"}
@@ -245,13 +240,13 @@ def test_a_head_without_a_norm_is_tuned_without_one(home: Path, plain: Path, dat
     save_checkpoint(tmp_path / "bare", config, random_params(config, seed=5))
     shutil.copyfile(plain / MODEL_FILE, tmp_path / "bare" / MODEL_FILE)
     shutil.copyfile(plain / CONFIG_FILE, tmp_path / "bare" / CONFIG_FILE)
-    report, folder = tune_exits(tmp_path / "bare", data, probes=False, options=QUICK)
+    report, folder = tune_exits(tmp_path / "bare", data, exits=ExitChoice(probes=False), options=QUICK)
     before, after = (report["evaluation"][when]["exits"]["2"] for when in ("before", "after"))
     assert after["agreement"] > before["agreement"]
     assert folder is not None
     assert load_checkpoint(folder)[0] == config
     with pytest.raises(ConfigError, match=r"no norm, so none can be added after blocks \[1\]"):
-        tune_exits(tmp_path / "bare", data, out=tmp_path / "more", exit_layers=(1, 2), options=QUICK)
+        tune_exits(tmp_path / "bare", data, out=tmp_path / "more", exits=ExitChoice((1, 2)), options=QUICK)
 
 
 def test_a_hugging_face_folder_gets_exits_too(plain: Path, data: Path, tmp_path: Path) -> None:
@@ -260,7 +255,7 @@ def test_a_hugging_face_folder_gets_exits_too(plain: Path, data: Path, tmp_path:
     for name in (MODEL_FILE, CONFIG_FILE):
         shutil.copyfile(plain / name, tmp_path / "hf" / name)
     options = TuningOptions(steps=1, batch_tokens=64, seq_len=16)
-    _, folder = tune_exits(tmp_path / "hf", data, probes=False, options=options)
+    _, folder = tune_exits(tmp_path / "hf", data, exits=ExitChoice(probes=False), options=options)
     assert folder == tmp_path / "hf-exits"
     before, after = by_name(tmp_path / "hf"), by_name(folder)
     assert after.keys() - before.keys() == {"exits.after_1.norm"}
@@ -273,7 +268,7 @@ def test_a_hugging_face_folder_gets_exits_too(plain: Path, data: Path, tmp_path:
 
 def test_bits_are_those_of_the_text_whatever_it_is_packed_with(plain: Path) -> None:
     model, params = load_checkpoint(plain)
-    config = choose_exits(model, (2,), "norm", True, False)
+    config = choose_exits(model, ExitChoice((2,), "norm", True, False))
     params = start_exits(config, model, params)
     tuner = Tuner(config, params, QUICK)
     ids = np.asarray(load_tokenizer(plain).encode("one two three four"))
@@ -287,7 +282,7 @@ def test_bits_are_those_of_the_text_whatever_it_is_packed_with(plain: Path) -> N
 
 def test_probes_are_trained_over_the_heads_that_are_saved(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, params = load_checkpoint(plain)
-    config = choose_exits(model, (2,))
+    config = choose_exits(model, ExitChoice((2,)))
     tuner = Tuner(config, start_exits(config, model, params), QUICK)
     seen = {}
 
@@ -510,7 +505,7 @@ def config_with(n_layers: int = 12, **exits: object) -> ModelConfig:
     ],
 )
 def test_exits_not_asked_for_are_the_model_s_own(model: ModelConfig, given: dict, expected: ExitConfig) -> None:
-    assert choose_exits(model, **given).exits == expected
+    assert choose_exits(model, ExitChoice(**given)).exits == expected
 
 
 @pytest.mark.parametrize(
@@ -522,4 +517,4 @@ def test_exits_not_asked_for_are_the_model_s_own(model: ModelConfig, given: dict
 )
 def test_exits_that_cannot_be_are_refused(model: ModelConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        choose_exits(model)
+        choose_exits(model, ExitChoice())

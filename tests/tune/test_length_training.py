@@ -23,16 +23,10 @@ from eejax.schedule.length_heads import HEADS_FILE, load_length_heads
 from eejax.schedule.length_predictor import ConstantPredictor, HiddenPredictor, PromptPredictor
 from eejax.text.prompts import read_prompts, read_sourced_prompts
 from eejax.text.tokenizer_files import CONFIG_FILE, MODEL_FILE
-from eejax.tune import length_training
+from eejax.tune import length_labels, length_training
 from eejax.tune.length_fit import fit_heads, fit_quantiles, scores
-from eejax.tune.length_training import (
-    LabelledPrompt,
-    LengthOptions,
-    choose_prompts,
-    make_labels,
-    read_labels,
-    train_length,
-)
+from eejax.tune.length_labels import LabelledPrompt, choose_prompts, make_labels, read_labels
+from eejax.tune.length_training import LengthOptions, train_length
 from tests.cases import random_params
 from tests.tokenizer_cases import train_sentencepiece
 
@@ -129,7 +123,7 @@ def test_labels_are_the_lengths_of_the_models_own_answers(llm: LLM, tmp_path: Pa
 
 
 def test_labels_made_before_an_interruption_are_kept(llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(length_training, "LABEL_BATCH", 4)
+    monkeypatch.setattr(length_labels, "LABEL_BATCH", 4)
     generate, calls = llm.generate, []
 
     def interrupted(*arguments: object, **options: object) -> object:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eejax.tune.text_overlap import agreement, rouge_l
+from eejax.tune.answer_losses import agreement, rouge_l
 
 
 def test_rouge_l_by_hand():
