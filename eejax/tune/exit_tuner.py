@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from eejax.core import ConfigError, ModelConfig, is_number, require, require_positive_int
+from eejax.core import ConfigError, ModelConfig, is_number, require, require_integer, require_positive_int
 from eejax.device import use_compilation_cache
 from eejax.tune.exit_objective import chunk_size, head_loss, merged, observe, probe_loss, separated
 from eejax.tune.tuning_data import pack, shuffled_forever
@@ -60,12 +60,7 @@ class TuningOptions:
                 self.seq_len <= self.batch_tokens,
                 f"batch_tokens ({self.batch_tokens}) must be at least seq_len ({self.seq_len})",
             )
-        for name in ("steps", "seed"):
-            value = getattr(self, name)
-            require(
-                isinstance(value, int) and not isinstance(value, bool) and value >= 0,
-                f"{name} must be an integer of at least 0, got {value!r}",
-            )
+        require_integer("TuningOptions", 0, steps=self.steps, seed=self.seed)
         require(is_number(self.lr) and math.isfinite(self.lr) and self.lr > 0, f"lr must be positive, got {self.lr!r}")
         require(
             is_number(self.eval_share) and 0 < self.eval_share < 1,
