@@ -171,7 +171,9 @@ class EngineOptions:
 
     dtype: str | None = option(None, "float32, bfloat16 or float16; by default float32 on CPU, else bfloat16.")
     max_model_len: int | None = option(None, "Tokens of prompt and answer together; by default the model's limit.")
-    max_num_seqs: int | None = option(None, "Sequences decoded together at most; by default 32.")
+    max_num_seqs: int | None = option(
+        None, f"Sequences decoded together at most; by default {SchedulerConfig().max_num_seqs}."
+    )
     num_pages: int | None = option(
         None, "Pages of the KV cache; by default for all sequences at full length, if they fit."
     )
