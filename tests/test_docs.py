@@ -147,7 +147,7 @@ def test_readme_is_short_and_leads_to_the_decode_step() -> None:
         ("[`decode_lump`](../eejax/device/decode.py)", "does not define it"),
         ("[`LLM.generate`](../eejax/serve/llm.py)", None),
         ("[`LLM.regenerate`](../eejax/serve/llm.py)", "does not define it"),
-        ("[`run_pass`](../eejax/device/decode.py)", "does not define it"),  # it imports it
+        ("[`run_if`](../eejax/device/decode.py)", "does not define it"),  # it imports it
         ("[`LLM`](../eejax/llm.py)", "no such file"),
         ("[there](cpu.md#what-is-compiled)", None),
         ("[there](cpu.md#what-is-not)", "no such heading"),
