@@ -35,7 +35,7 @@ demo: $(demo_ready)
 	@$(bin)/eejax demo $(ARGS)
 
 test: $(test_ready)
-	@$(bin)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
+	@$(bin)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(lint_ready)
 	@failed=0; \

@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -30,6 +32,22 @@ settings.register_profile(
 )
 settings.register_profile("explore", parent=settings.get_profile("ci"), derandomize=False, max_examples=200)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+# Files that take longest, which workers of pytest-xdist begin with: otherwise one works long after the others.
+LONGEST = (
+    "serve/test_equivalence.py",
+    "serve/test_company.py",
+    "device/test_runner.py",
+    "serve/test_llm.py",
+    "kernels/test_paged_attention.py",
+    "kernels/test_kv_fill.py",
+    "tune/test_exit_tuning.py",
+    "checkpoints/test_train_demo.py",
+    "checkpoints/test_tune_demo.py",
+    "cli/test_cli.py",
+)
+
+pytest.register_assert_rewrite("tests.serve.engines")
 
 _cache_dirs: list[str] = []
 
@@ -56,7 +74,21 @@ def pytest_unconfigure() -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+@pytest.fixture
+def unchecked_shapes() -> Iterator[None]:
+    """Arguments of the wrong shape reach the function, which says itself what is wrong with them."""
+    from jaxtyping import config
+
+    before = config.jaxtyping_disable
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", before)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):
+        ranks = {Path(__file__).parent / name: rank for rank, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

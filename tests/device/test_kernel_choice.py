@@ -21,6 +21,9 @@ from pallas_kernels.implementation import VARIABLE, Refusals, device_refusal, re
 from tests.cases import random_model
 from tests.native_env import needs_native
 
+# Devices are stand-ins here, and arguments wrong on purpose.
+pytestmark = pytest.mark.usefixtures("unchecked_shapes")
+
 
 @pytest.fixture(autouse=True)
 def no_wish(monkeypatch):

@@ -600,6 +600,7 @@ def arguments(**changes) -> dict:
     return arrays | {"layer": changes.get("layer", 0), "sliding_window": changes.get("sliding_window")}
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
@@ -630,6 +631,7 @@ def test_arguments_that_do_not_fit_are_named(changes, parts):
     assert any(part in str(caught.value) for part in [parts[0], "positions"]), caught.value
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

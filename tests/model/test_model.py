@@ -252,7 +252,7 @@ def test_bf16_weights_with_float32_residual(shape):
     row = random_prompt(config, 24, 8)
     exact = Reference(config, params).full_depth(row)
     errors = {}
-    for dtype in (jnp.float32, jnp.bfloat16):
+    for dtype in (jnp.dtype("float32"), jnp.dtype("bfloat16")):
         found = dense_logits(config, params, [row], dtype)
         for layer, logits in found.items():
             assert logits.dtype == np.float32
