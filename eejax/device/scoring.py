@@ -47,9 +47,9 @@ class Scores:
 class _Read:
     """Of each token: confidence at the exit last asked; choice and log-probability at the exit where it left."""
 
-    confidence: Float[Array, " T"]
-    choices: Int[Array, " T"]
-    logprobs: Float[Array, " T"]
+    confidence: Float[Array, "*T"]
+    choices: Int[Array, "*T"]
+    logprobs: Float[Array, "*T"]
 
 
 def check_text(

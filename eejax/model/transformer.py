@@ -131,7 +131,7 @@ class Block(nnx.Module):
         attend: Attend[Cache],
         cache: Cache,
         beside: Float[Array, "D M"] | None = None,
-        active: tuple[Bool[Array, " N"], Bool[Array, " N+M"]] | None = None,
+        active: tuple[Bool[Array, " N"], Bool[Array, " NM"]] | None = None,
     ) -> tuple[Float[Array, "D *N"], Float[Array, "D *N"], Cache]:
         """Run the block.
 
