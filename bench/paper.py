@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 from typing import Any
 
 from eejax.core import LengthEstimate, MicroBatch, SchedulerConfig, Sequence
@@ -16,6 +17,29 @@ from eejax.schedule import PageAllocator, Scheduler, Selection, Static
 
 BIN = 50
 """Predicted lengths are rounded up to multiples of this many tokens, as in the paper."""
+
+
+@dataclass(frozen=True, slots=True)
+class PaperOptions:
+    """The parts of the paper's method.
+
+    Attributes:
+        group: requests, in order of arrival, that are ordered among each other.
+        ordered: the group is ordered by predicted length, in bins.
+        vbs: variable batch size: as many rows as have pages for prompt and predicted length, at most `max_rows`. The
+            paper's table grows a batch up to 16-fold for short answers.
+        fcr: failure collection and recomputation. A batch ends at its longest predicted length; answers unfinished then
+            are discarded, and come again from their prompts, with their whole budget, at the end of their group.
+        max_rows: of a batch with `vbs`; None: the number of slots.
+        quantile: of the estimated length, which is the predicted one; the paper takes the longest of several samples.
+    """
+
+    group: int = 256
+    ordered: bool = False
+    vbs: bool = False
+    fcr: bool = False
+    max_rows: int | None = None
+    quantile: float = 0.75
 
 
 class MicroBatches(Static):
@@ -28,43 +52,22 @@ class MicroBatches(Static):
         max_num_seqs: rows of a batch at most.
         max_chunk_steps: decode steps in one device call at most.
         num_pages, page_size: of the cache.
-        group: requests, in order of arrival, that are ordered among each other.
-        ordered: the group is ordered by predicted length, in bins.
-        vbs: variable batch size: as many rows as have pages for prompt and predicted length, at most `max_rows`. The
-            paper's table grows a batch up to 16-fold for short answers.
-        fcr: failure collection and recomputation. A batch ends at its longest predicted length; answers unfinished then
-            are discarded, and come again from their prompts, with their whole budget, at the end of their group.
-        quantile: of the estimated length, which is the predicted one; the paper takes the longest of several samples.
     """
 
     def __init__(
-        self,
-        max_num_seqs: int,
-        max_chunk_steps: int,
-        *,
-        num_pages: int,
-        page_size: int,
-        group: int = 256,
-        ordered: bool = False,
-        vbs: bool = False,
-        fcr: bool = False,
-        max_rows: int | None = None,
-        quantile: float = 0.75,
+        self, max_num_seqs: int, max_chunk_steps: int, *, num_pages: int, page_size: int, options: PaperOptions
     ) -> None:
         super().__init__(max_num_seqs, max_chunk_steps)
-        self.window = group
+        self.window = options.group
+        self._options = options
         self._num_pages = num_pages
         self._page_size = page_size
-        self._ordered = ordered
-        self._vbs = vbs
-        self._fcr = fcr
-        self._max_rows = (vbs and max_rows) or max_num_seqs
-        self._quantile = quantile
+        self._max_rows = (options.vbs and options.max_rows) or max_num_seqs
         self._limit = 0  # answer tokens at which the batch that decodes is cut off
 
     def rank(self, seq: Sequence) -> tuple[float, ...]:
         """Groups in order of arrival; in a group, those that come again last, the others by bin where `ordered`."""
-        return (*self._batch_key(seq), self._predicted(seq) if self._ordered else 0, seq.number)
+        return (*self._batch_key(seq), self._predicted(seq) if self._options.ordered else 0, seq.number)
 
     def may_join(self, seq: Sequence, held: Seq[Sequence]) -> bool:
         """Whether the batch has not begun to decode, is of the same group, and has fewer rows than `seq` allows."""
@@ -78,7 +81,7 @@ class MicroBatches(Static):
 
     def failures(self, held: Seq[Sequence]) -> list[Sequence]:
         """With `fcr`, the rows that have reached the end of their batch unfinished. They are no longer part of it."""
-        if not self._fcr or self._batch.isdisjoint(held):
+        if not self._options.fcr or self._batch.isdisjoint(held):
             return []
         failed = [seq for seq in held if len(seq.output_token_ids) >= self._limit]
         self._batch = self._batch.difference(failed)
@@ -89,7 +92,7 @@ class MicroBatches(Static):
         if self._batch.isdisjoint(held):
             self._limit = max(map(self._predicted, held))
         chosen = super().select(held, longest)
-        if not self._fcr:
+        if not self._options.fcr:
             return chosen
         left = self._limit - min(len(seq.output_token_ids) for seq in held)
         return Selection(chosen.rows, max(1, min(longest, left)))
@@ -112,14 +115,14 @@ class MicroBatches(Static):
 
     def _reserved(self, seq: Sequence) -> int:
         """Answer tokens that pages are reserved for."""
-        return self._predicted(seq) if self._vbs else seq.request.max_tokens
+        return self._predicted(seq) if self._options.vbs else seq.request.max_tokens
 
     def _predicted(self, seq: Sequence) -> int:
         """Predicted answer length in tokens, rounded up to a bin; the budget for what comes again."""
         budget = seq.request.max_tokens
         if seq.preemptions:
             return budget
-        length = (seq.estimate or LengthEstimate.unknown(budget)).quantile(self._quantile)
+        length = (seq.estimate or LengthEstimate.unknown(budget)).quantile(self._options.quantile)
         return min(budget, BIN * math.ceil(length / BIN))
 
 
@@ -127,7 +130,7 @@ class PaperScheduler(Scheduler):
     """`Scheduler` with `MicroBatches`, which discards failures before it decides on a batch.
 
     Args:
-        paper: options of `MicroBatches`.
+        paper: fields of `PaperOptions`.
         others: arguments of `Scheduler`.
     """
 
@@ -141,7 +144,9 @@ class PaperScheduler(Scheduler):
         **others: Any,
     ) -> None:
         slots, chunk, num_pages = config.max_num_seqs, config.max_chunk_steps, allocator.num_pages
-        self._paper = MicroBatches(slots, chunk, num_pages=num_pages, page_size=page_size, **paper)
+        self._paper = MicroBatches(
+            slots, chunk, num_pages=num_pages, page_size=page_size, options=PaperOptions(**paper)
+        )
         super().__init__(config, allocator, page_size=page_size, policy=self._paper, **others)
 
     def schedule(self, max_steps: int | None = None) -> MicroBatch | None:

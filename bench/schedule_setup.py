@@ -32,7 +32,7 @@ LONGEST_RANDOM_PROMPT = 48
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One way to schedule: a policy of ours, or the paper's method with these options (`bench.paper.MicroBatches`)."""
+    """One way to schedule: a policy of ours, or the paper's method with these options (`bench.paper.PaperOptions`)."""
 
     policy: PolicyName = "static"
     predictor: PredictorName | str = "constant"
