@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import jax
 import numpy as np
@@ -58,9 +58,7 @@ def convert(
     target: str | Path,
     *,
     dtype: str | None = None,
-    exit_layers: tuple[int, ...] | None = None,
-    exit_head: ExitHeadKind = "shared",
-    tie_exit_output: bool = True,
+    exits: ExitConfig | None = None,
     format: str = Format.HUGGINGFACE,
     overwrite: bool = False,
     progress: bool = False,
@@ -70,11 +68,10 @@ def convert(
     Args:
         source: a Hugging Face folder, or one of EE-LLM's (`checkpoints.megatron_ee` says how it must look).
         dtype: `float32`, `bfloat16` or `float16`; as stored when not given.
-        exit_layers: blocks after which exits stand. Of a model from EE-LLM, a subset of its own; all when not given.
-        exit_head: `shared`, `norm` or `mlp`; the last two begin as copies of what the shared head reads, to be trained.
-            Not for a model from EE-LLM, which brings its heads.
-        tie_exit_output: such heads share the LM head's matrix.
-        overwrite: replace a checkpoint that is there.
+        exits: the exits to add; none when not given. Heads are `shared`, `norm` or `mlp`; the last two begin as copies
+            of what the shared head reads, to be trained. A model from EE-LLM brings its own heads, so `exits` only
+            says which layers to keep of its exits; all when not given.
+        overwrite: replace an existing checkpoint.
         progress: show a bar on stderr.
 
     Raises:
@@ -88,15 +85,15 @@ def convert(
         from checkpoints import megatron_ee
 
         require(
-            exit_head == "shared" and tie_exit_output,
+            exits is None or (exits.head == "shared" and exits.tie_output),
             "a model from EE-LLM brings its exit heads; exit_head is not for it",
         )
-        config, params = megatron_ee.load_lazily(source, exit_layers)
+        config, params = megatron_ee.load_lazily(source, None if exits is None else exits.layers)
     else:
         require(format == Format.HUGGINGFACE, f"format must be one of {', '.join(Format)}, got {format!r}")
         config, params = huggingface.load_lazily(source)
-        exits = ExitConfig(exit_layers or (), exit_head, tie_output=tie_exit_output)
-        require(bool(exits.layers) or not exits.has_params, f"exit head {exit_head!r} needs exit layers")
+        exits = exits or ExitConfig(())
+        require(bool(exits.layers) or not exits.has_params, f"exit head {exits.head!r} needs exit layers")
         config, params = add_exits(config, params, exits)
     params = _cast(params, stored)
     with replacing_folder(target) as folder, _counted(params, f"writing {target}", progress) as counted:
@@ -197,7 +194,7 @@ def main(
     source: Annotated[Path, typer.Argument(help="Folder to read.", show_default=False)],
     target: Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)],
     exit_layers: Annotated[
-        str | None, typer.Option(metavar="E[,E]", help="Blocks after which exits stand.", show_default=False)
+        str | None, typer.Option(metavar="E[,E]", help="Blocks that are followed by an exit.", show_default=False)
     ] = None,
     exit_head: Annotated[
         str, typer.Option(metavar="KIND", help="shared, norm or mlp; the last two are to be trained (tune-exits).")
@@ -210,9 +207,9 @@ def main(
         str | None, typer.Option(metavar="NAME", help="float32, bfloat16 or float16; by default as stored.")
     ] = None,
     backwards: Annotated[bool, typer.Option("--reverse", help="From an eejax checkpoint to Hugging Face.")] = False,
-    max_shard_bytes: Annotated[int, typer.Option(help="With --reverse: size of a file at the most.")] = MAX_SHARD_BYTES,
+    max_shard_bytes: Annotated[int, typer.Option(help="With --reverse: size of a file at most.")] = MAX_SHARD_BYTES,
     drop_exits: Annotated[bool, typer.Option("--drop-exits", help="With --reverse: leave trained exits out.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint.")] = False,
 ) -> None:
     """Convert a Hugging Face folder (llama, mistral, qwen2, qwen3; safetensors) to an eejax checkpoint, or back."""
     console = Console(stderr=True, highlight=False)
@@ -232,13 +229,15 @@ def main(
                 progress=True,
             )
         else:
+            exits = None
+            if layers is not None or exit_head != "shared" or untie_output:
+                head = cast("ExitHeadKind", exit_head)  # ExitConfig refuses any other
+                exits = ExitConfig(layers or (), head, tie_output=not untie_output)
             config = convert(
                 source,
                 target,
                 dtype=dtype,
-                exit_layers=layers,
-                exit_head=exit_head,  # pyright: ignore[reportArgumentType]  (ExitConfig checks it)
-                tie_exit_output=not untie_output,
+                exits=exits,
                 format=format,
                 overwrite=overwrite,
                 progress=True,

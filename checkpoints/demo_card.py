@@ -96,12 +96,10 @@ block, and how often an exit's most likely token is that of the last block, on t
 """
 
 
-def card(folder: Path, metrics: dict) -> str:
-    """Markdown text for the checkpoint in `folder`; `metrics` is what its `metrics.json` holds."""
-    m, t, evaluation, split = metrics["model"], metrics["training"], metrics["evaluation"], metrics["split"]
-    points = [str(layer) for layer in (*m["exits"]["layers"], m["n_layers"])]
-    early = points[:-1]
-    sources = [[name, *SETS[name]] for name in evaluation]
+def _quality(metrics: dict, points: list[str]) -> str:
+    """Tables of quality at each exit, and of agreement with full depth."""
+    script = f"`checkpoints/{'tune' if 'tuning' in metrics else 'train'}_demo.py`"
+    evaluation, split, early = metrics["evaluation"], metrics["split"], points[:-1]
     bits = [
         [name, SETS[name][2], *(f"{of['exits'][p]['bits_per_byte']:.3f}" for p in points), f"{of['bytes']:,}"]
         for name, of in evaluation.items()
@@ -116,10 +114,34 @@ def card(folder: Path, metrics: dict) -> str:
         *(f"exit {p}" for p in early),
         *(f"exit {p} at {c}" for c in ("0.8", "0.9") for p in early),
     ]
+    return f"""## Quality at each exit
+
+Bits per byte on the {split} split, lower is better. Only answers are scored, given their questions; plain text is
+scored whole.
+
+{_table(["set", "role", *(f"exit {p}" for p in points), "bytes"], bits)}
+
+## Agreement with full depth
+
+How often the most likely token of an exit is that of the last block; then the same among the tokens whose top
+probability at that exit reaches 0.8 and 0.9, and what share of all tokens that is. Teacher-forced, on the {split}
+split.
+
+{_table(agreement_head, agreement)}
+
+The figures on quality and agreement were written by {script} from `metrics.json`.
+"""
+
+
+def card(folder: Path, metrics: dict) -> str:
+    """Markdown text for the checkpoint in `folder`; `metrics` is what its `metrics.json` holds."""
+    m, t = metrics["model"], metrics["training"]
+    points = [str(layer) for layer in (*m["exits"]["layers"], m["n_layers"])]
+    early = points[:-1]
+    sources = [[name, *SETS[name]] for name in metrics["evaluation"]]
     cores = f", {t['cores']} cores" if t["cores"] else ""
     weights = ", ".join(f"{weight:g} after block {p}" for weight, p in zip(t["exit_weights"], points, strict=True))
     tuned = "tuning" in metrics
-    script = f"`checkpoints/{'tune' if tuned else 'train'}_demo.py`"
     origin = "`checkpoints/train_demo.py`" + (", then tuned with `checkpoints/tune_demo.py`," if tuned else "")
     others = ", so that any block can serve as an exit"
     if m["exits"].get("probes"):
@@ -165,23 +187,7 @@ Joint loss over the exits, weighted {weights}. The target of an early exit is pa
 and partly, by a weight of {t["distill"]:.0%}, the last exit's distribution, which raises agreement with full depth.
 Tokens of questions count {t["prompt_weight"]:g}, tokens of answers and of plain text 1.
 
-{_tuning(metrics, points)}{_lengths(folder, ModelConfig.from_dict(m))}## Quality at each exit
-
-Bits per byte on the {split} split, lower is better. Only answers are scored, given their questions; plain text is
-scored whole.
-
-{_table(["set", "role", *(f"exit {p}" for p in points), "bytes"], bits)}
-
-## Agreement with full depth
-
-How often the most likely token of an exit is that of the last block; then the same among the tokens whose top
-probability at that exit reaches 0.8 and 0.9, and what share of all tokens that is. Teacher-forced, on the {split}
-split.
-
-{_table(agreement_head, agreement)}
-
-The figures on quality and agreement were written by {script} from `metrics.json`.
-"""
+{_tuning(metrics, points)}{_lengths(folder, ModelConfig.from_dict(m))}{_quality(metrics, points)}"""
 
 
 def write_card(folder: Path, metrics: dict) -> None:

@@ -54,15 +54,15 @@ def dot(a: Array, b: Array, over: tuple[int, int] = (1, 0)) -> Array:
     return jax.lax.dot_general(a, b, (((over[0],), (over[1],)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def turned(a: Array) -> Array:
+def transposed(a: Array) -> Array:
     """Transpose that XLA must carry out: as a mere change of layout it makes the product several times slower."""
     return with_layout_constraint(a.T, Layout(major_to_minor=(0, 1)))
 
 
-def _tile_weights(q: Array, k_turned: Array, segments: Array, start: int, stop: int) -> Float[Array, "S GQ"]:
+def _tile_weights(q: Array, k_transposed: Array, segments: Array, start: int, stop: int) -> Float[Array, "S GQ"]:
     """Attention weights of queries `start..stop`, one column per head and query: softmax over keys `0..stop`."""
     dim, group, _ = q.shape
-    scores = dot(k_turned[:stop], q[:, :, start:stop].reshape(dim, -1)) * dim**-0.5
+    scores = dot(k_transposed[:stop], q[:, :, start:stop].reshape(dim, -1)) * dim**-0.5
     causal = jnp.arange(stop)[:, None] <= jnp.arange(start, stop)
     seen = causal & (segments[:stop, None] == segments[start:stop])
     scores = jnp.where(seen[:, None], scores.reshape(stop, group, -1), MASKED).reshape(stop, -1)
@@ -79,10 +79,10 @@ def _head_attention(
     q: Float[Array, "C G T"], k: Float[Array, "C T"], v: Float[Array, "C T"], segments: Int[Array, " T"]
 ) -> Float[Array, "C G T"]:
     """Causal attention of one KV head and its group of query heads within segments, in float32."""
-    k_turned = turned(k)
+    k_transposed = transposed(k)
     parts = []
     for start, stop in _tiles(q.shape[2]):
-        weights = _tile_weights(q, k_turned, segments, start, stop).astype(v.dtype)
+        weights = _tile_weights(q, k_transposed, segments, start, stop).astype(v.dtype)
         parts.append(dot(v[:, :stop], weights).reshape(*q.shape[:2], -1))
     return jnp.concatenate(parts, axis=2)
 
@@ -95,14 +95,14 @@ def _head_attention_forward(q: Array, k: Array, v: Array, segments: Array) -> tu
 def _head_attention_backward(saved: tuple[Array, ...], d_out: Array) -> tuple[Array, Array, Array, None]:
     q, k, v, segments, out = saved
     dim, group, length = q.shape
-    k_turned, v_turned = turned(k), turned(v)
+    k_transposed, v_transposed = transposed(k), transposed(v)
     delta = jnp.sum(out * d_out, axis=0)
     d_out = d_out.astype(v.dtype)
     dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     for start, stop in _tiles(length):
-        weights = _tile_weights(q, k_turned, segments, start, stop)
+        weights = _tile_weights(q, k_transposed, segments, start, stop)
         d_tile = d_out[:, :, start:stop].reshape(dim, -1)
-        d_weights = dot(v_turned[:stop], d_tile)
+        d_weights = dot(v_transposed[:stop], d_tile)
         d_scores = (weights * (d_weights - delta[:, start:stop].reshape(-1)) * dim**-0.5).astype(k.dtype)
         dq.append(dot(k[:, :stop], d_scores).reshape(dim, group, -1))
         dk = dk.at[:, :stop].add(dot(q[:, :, start:stop].reshape(dim, -1), d_scores, (1, 1)))
@@ -213,7 +213,7 @@ def joint_loss(
         Loss per exit, gradient of the output matrix, gradient of the features.
     """
     exits, dim, tokens = features.shape
-    output_turned, vocab = turned(output), jnp.arange(output.shape[0])[:, None]
+    output_transposed, vocab = transposed(output), jnp.arange(output.shape[0])[:, None]
     total = jnp.maximum(jnp.sum(weights), 1.0)
 
     def step(carry: tuple[Array, Array], part: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], Array]:
@@ -236,7 +236,7 @@ def joint_loss(
             elif distill:
                 d_logits = d_logits - last[0] * (share * distill / last[1])
             d_logits = d_logits.astype(output.dtype)
-            d_features.insert(0, dot(output_turned, d_logits))
+            d_features.insert(0, dot(output_transposed, d_logits))
             d_output = d_output + dot(d_logits, f[e], (1, 1))
         return (losses + jnp.sum(jnp.stack(nlls) * weight, axis=1), d_output), jnp.stack(d_features)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from checkpoints.demo_objective import turned
+from checkpoints.demo_objective import transposed
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Quintic whose iterates push every singular value towards 1 (Jordan et al. 2024, "Muon")."""
@@ -26,7 +26,7 @@ def orthogonalised(matrix: Float[Array, "o i"], dtype: Any, steps: int = 5) -> F
     """About `U V^T` of the singular value decomposition `U S V^T`, by Newton-Schulz steps with products in `dtype`."""
     a, b, c = NEWTON_SCHULZ
     wide = matrix.shape[0] <= matrix.shape[1]
-    x = matrix if wide else turned(matrix)
+    x = matrix if wide else transposed(matrix)
     x = x / (jnp.linalg.norm(x) + 1e-7)
 
     def dot(left: Array, right: Array, over: int) -> Array:

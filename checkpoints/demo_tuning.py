@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from checkpoints.demo_objective import Numerics, chunks, dot, exit_features, turned
+from checkpoints.demo_objective import Numerics, chunks, dot, exit_features, transposed
 from eejax.core import ModelConfig
 
 PROBE_SCALE = 10.0
@@ -104,6 +104,32 @@ def mean_weights(untuned: dict, learnt: dict, keep: float) -> dict:
     return jax.tree.map(lambda a, b: a + keep * (b - a), untuned, learnt)
 
 
+def _chunked(
+    features: Float[Array, "E D N"],
+    came: Array,
+    states: tuple[Array, Array],
+    batch: dict[str, Array],
+    chunk: int,
+) -> tuple[Array, ...]:
+    """What one pass over the vocabulary reads, cut into chunks of tokens; states in the dtype of the features."""
+    return (
+        chunks(features, chunk),
+        chunks(came.astype(jnp.float32)[:, None], chunk)[:, :, 0],
+        *(chunks(x[None].astype(features.dtype), chunk)[:, 0] for x in states),
+        batch["targets"].reshape(-1, chunk),
+        batch["weights"].reshape(-1, chunk),
+    )
+
+
+def _probe_grads(
+    weight: Float[Array, " D"], bias: Array, features: Float[Array, "D c"], agrees: Array, share: Array
+) -> tuple[Float[Array, "D c"], Float[Array, " D"], Array]:
+    """Gradients of one probe's binary cross-entropy for the features, and for the probe's scaled weight and bias."""
+    wide = features.astype(jnp.float32)
+    d_odds = share * (jax.nn.sigmoid(weight @ wide + bias) - agrees)
+    return weight[:, None] * d_odds, PROBE_SCALE * (wide @ d_odds), PROBE_SCALE * jnp.sum(d_odds)
+
+
 def tuning_loss_and_grads(
     config: ModelConfig,
     stage: Stage,
@@ -134,7 +160,7 @@ def tuning_loss_and_grads(
         lambda p: exit_features(config, numerics, p, batch, batch["thresholds"]), params, has_aux=True
     )
     output, aim_output = (p["embedding"].astype(numerics.dtype) for p in (params, aim_params))
-    output_turned, vocab = turned(output), jnp.arange(output.shape[0])[:, None]
+    output_transposed, vocab = transposed(output), jnp.arange(output.shape[0])[:, None]
     weights, own, last = batch["weights"].reshape(-1), batch["own"], features.shape[0] - 1
     total = jnp.maximum(jnp.sum(weights), 1.0)
     choice, next_token = stage.choice * own, stage.next_token[0] * (1 - own) + stage.next_token[1] * own
@@ -161,31 +187,20 @@ def tuning_loss_and_grads(
             share = weight * came[e] / total
             d_logits = (stage.exit_weights[e] * share * (below - target)).astype(output.dtype)
             d_output = d_output + dot(d_logits, f[e], (1, 1))
-            d_feature = dot(output_turned, d_logits)
+            d_feature = dot(output_transposed, d_logits)
             if e < last:
-                wide = f[e].astype(jnp.float32)
-                odds = probe["weight"][e] @ wide + probe["bias"][e]
-                d_odds = stage.probe * share * (jax.nn.sigmoid(odds) - agrees)
-                d_feature = d_feature + probe["weight"][e][:, None] * d_odds
-                d_probe = {
-                    "weight": d_probe["weight"].at[e].add(PROBE_SCALE * (wide @ d_odds)),
-                    "bias": d_probe["bias"].at[e].add(PROBE_SCALE * jnp.sum(d_odds)),
-                }
+                d_probed, d_weight, d_bias = _probe_grads(
+                    probe["weight"][e], probe["bias"][e], f[e], agrees, stage.probe * share
+                )
+                d_feature = d_feature + d_probed
+                d_probe = {"weight": d_probe["weight"].at[e].add(d_weight), "bias": d_probe["bias"].at[e].add(d_bias)}
             d_features.append(d_feature)
             scored = jnp.where(weight == 1, came[e], 0.0)
             nats = -jnp.sum(target * log_probs, axis=0)
             counts.append(jnp.stack([jnp.sum(scored), jnp.sum(scored * agrees), jnp.sum(scored * nats)]))
         return (d_output, d_probe, seen + jnp.stack(counts)), jnp.stack(d_features)
 
-    chunk = numerics.chunk
-    low, whole = features.astype(output.dtype), came.astype(jnp.float32)[:, None]
-    parts = (
-        chunks(low, chunk),
-        chunks(whole, chunk)[:, :, 0],
-        *(chunks(x[None].astype(output.dtype), chunk)[:, 0] for x in (full, aim)),
-        batch["targets"].reshape(-1, chunk),
-        weights.reshape(-1, chunk),
-    )
+    parts = _chunked(features.astype(output.dtype), came, (full, aim), batch, numerics.chunk)
     carry = (jnp.zeros(output.shape, jnp.float32), jax.tree.map(jnp.zeros_like, probes), jnp.zeros((last + 1, 3)))
     (d_output, d_probe, seen), d_features = jax.lax.scan(step, carry, parts)
     d_features = d_features.transpose(1, 2, 0, 3).reshape(features.shape)

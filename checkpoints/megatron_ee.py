@@ -78,8 +78,8 @@ def load_lazily(path: Path, exit_layers: tuple[int, ...] | None = None) -> tuple
     """The model of such a folder; its parameters are a tree of `LazyArray` in the dtypes stored.
 
     Args:
-        exit_layers: the exits to keep, as numbers of blocks that run before them; all when None. One that EE-LLM has
-            behind the last block stands where the final head does, and is left out.
+        exit_layers: the exits to keep, as numbers of blocks that run before them; all when None. EE-LLM's exit
+            after the last block is in the place of the final head, and is left out.
 
     Raises:
         CheckpointError: the model is not supported, or files or tensors are not as they must be; they are named.
@@ -188,7 +188,7 @@ def _parse(arguments: dict[str, Any]) -> tuple[ModelConfig, list[Exit]]:
 
 
 def _parse_exits(arguments: dict[str, Any], n_layers: int) -> list[Exit]:
-    """EE-LLM counts layers from 1; an exit stands behind its layer, or before it with `pre_exit`."""
+    """EE-LLM counts layers from 1; an exit follows its layer, or precedes it with `pre_exit`."""
     numbers = sorted(arguments.get("exit_layer_nums") or [])
     before = bool(arguments.get("pre_exit", False))
     exits = [Exit(after=number - before, stored_at=number - 1) for number in numbers]

@@ -62,7 +62,7 @@ SAY_EVERY = 20
 def own_answers(
     model: ModelConfig, params: dict, tokenizer: Tokenizer, data: Path, split: str, count: int, max_tokens: int
 ) -> demo_data.Documents:
-    """Greedy answers at full depth to about `count` questions of a split, each behind its question."""
+    """Greedy answers at full depth to about `count` questions of a split, each after its question."""
     llm = LLM.from_params(
         model, params, tokenizer=tokenizer, eos_id=tokenizer.eos_id, max_model_len=LONGEST_PROMPT + max_tokens
     )
@@ -182,7 +182,7 @@ def main(
         str | None, typer.Option(help="Share of what it learnt in the weights each stage ends with.")
     ] = None,
     prompts: Annotated[int, typer.Option(min=10, help="Questions for the model's own answers.")] = 1200,
-    answer_tokens: Annotated[int, typer.Option(min=2, help="Tokens of an own answer at the most.")] = 192,
+    answer_tokens: Annotated[int, typer.Option(min=2, help="Tokens of an own answer at most.")] = 192,
     eval_batches: Annotated[
         int | None, typer.Option(min=1, help="Batches of each set in the evaluation; all when not given.")
     ] = None,

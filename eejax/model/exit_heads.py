@@ -1,4 +1,4 @@
-"""Exits for a model that has none, initialised so that every one of them equals the `shared` head to begin with."""
+"""Exits for a model that has none, initialised so that at first each equals the `shared` head."""
 
 from __future__ import annotations
 

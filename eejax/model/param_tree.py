@@ -17,7 +17,7 @@ MAX_NAMED = 8
 
 @dataclass(frozen=True, slots=True)
 class LazyArray:
-    """An array that is read when it is asked for, so that a model larger than memory can pass piece by piece."""
+    """An array that is read on demand, so that a model larger than memory can be converted piece by piece."""
 
     shape: tuple[int, ...]
     dtype: np.dtype

@@ -20,7 +20,7 @@ Token = str | AddedToken
 
 @dataclass
 class Declared:
-    """Tokens that the files beside vocabulary and merges speak of.
+    """Tokens that a folder declares beside its vocabulary and merges.
 
     Attributes:
         named: by their names in Transformers; None where a file says that there is none.
@@ -85,7 +85,7 @@ def _with_old_files(
 
 
 def _read_token_map(file: Path) -> dict[str, Any]:
-    """What `special_tokens_map.json` holds: its tokens are special, though they do not say so."""
+    """What `special_tokens_map.json` holds: its tokens are special, though they are not marked so."""
 
     def marked(value: Any) -> Any:
         if isinstance(value, list):

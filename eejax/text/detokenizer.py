@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import Protocol
 
 REPLACEMENT = "\ufffd"
-"""What tokenizers show for bytes that are not UTF-8, and for those of a character that is not complete yet."""
+"""What tokenizers show for bytes that are not UTF-8, and for the bytes of an incomplete character."""
 
 MAX_UNDECIDED = 3
-"""Bytes of a UTF-8 character that may have come while the last is still missing: as many replacement characters."""
+"""Bytes of a UTF-8 character that may precede its last one: as many replacement characters are shown."""
 
 CLEANING = " 'nvr"
 """What may still change at the end of a text that is cleaned up: replacements such as that of " n't" begin so."""
 
 WINDOW = 32
-"""Tokens decoded again for those that are new, at the most as a rule."""
+"""Tokens that are decoded again for the new ones: normally at most this many."""
 
 
 class Decoder(Protocol):
@@ -34,16 +34,16 @@ class Decoder(Protocol):
 class Detokenizer:
     """Streams the text of one answer.
 
-    The pieces that `append` and `finish` return make up, put together, `tokenizer.decode(all ids)` up to the first stop
-    string: the one completed first, and of those completed by the same character the longest. What is returned never
-    has to be taken back: a character whose bytes are incomplete is held back, and so is what may begin a stop string.
+    The pieces that `append` and `finish` return, joined, are `tokenizer.decode(all ids)` up to the first stop
+    string: the one completed first, and of those completed by the same character the longest. Text once returned
+    is never withdrawn: a character whose bytes are incomplete is held back, and so is what may begin a stop string.
 
     How it works. A token's text depends on those before it only in two ways: leading whitespace may be stripped
     while the text is empty, and bytes of one character may be spread over several tokens. So it is enough to decode a
     window of the latest tokens, if the window begins with some text whose beginning does not matter. What is not
     decided yet shows as up to three replacement characters at its end. Where texts are cleaned up, a space may also
-    vanish because of what follows, so letters that can begin such a place are held back as well. (One decoder is no
-    function of this kind: the `ByteFallback` of Hugging Face replaces a whole run of byte tokens when one of them is
+    vanish because of what follows, so letters that can begin such a place are held back as well. (One decoder does not
+    behave so: the `ByteFallback` of Hugging Face replaces a whole run of byte tokens when one of them is
     invalid. After invalid bytes the text keeps what had been shown; so it does where the very first token is a space
     spelled as a byte.)
 
@@ -90,7 +90,7 @@ class Detokenizer:
             self._silent = []
             self._window.extend(token_ids)
         else:
-            # Special tokens without end must not fill the window. Bytes may leave the text as it is too (a decoder
+            # Endless special tokens must not fill the window. Bytes may leave the text unchanged too (a decoder
             # that shows one replacement character for three bytes), but not three times the same.
             for token in token_ids:
                 if self._silent.count(token) < 2:
@@ -110,7 +110,7 @@ class Detokenizer:
         return self._show(new)
 
     def finish(self) -> str:
-        """No token follows: returns what was held back. It may complete a stop string, see `stopped`."""
+        """After the last token: returns what was held back. It may complete a stop string, see `stopped`."""
         if self._done:
             return ""
         shown = self._show(self._text[len(self._taken) :])
@@ -134,7 +134,7 @@ class Detokenizer:
         text = self._tokenizer.decode(self._window[start:])
         taken = len(text) - (len(self._text) - len(self._taken))
         # The text may be wrong where it begins: whitespace stripped, bytes of a half character shown one by one, at
-        # most three. Behind them it is right, whatever follows. (Cleaning up may differ as far as the first letter that
+        # most three. After them it is right, whatever follows. (Cleaning up may differ as far as the first letter that
         # cannot begin a replacement, and what was taken ends with such a one.)
         if taken > MAX_UNDECIDED:
             del self._window[:start]

@@ -43,7 +43,7 @@ class FastTokenizer:
     Attributes:
         vocab_size: number of ids; every id lies in `0..vocab_size-1`.
         bos_id, eos_id: ids that open a text and end an answer; None where the folder names none.
-        special_ids: ids that stand for no text, left out by `decode`.
+        special_ids: ids that have no text, left out by `decode`.
         has_chat_template: whether `apply_chat_template` can be used.
         cleans_up: see above.
     """
@@ -81,7 +81,7 @@ class FastTokenizer:
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Text of `ids`; special ids are left out, or written as their names. Broken UTF-8 becomes U+FFFD.
 
-        Ids that are no token stand for no text: models may have more rows than their tokenizer has tokens.
+        Ids that are no token have no text: models may have more rows than their tokenizer has tokens.
 
         Raises:
             TokenizerError: an id is negative.

@@ -5,7 +5,7 @@ model type implies, may take only vocabulary, merges and post-processor from it 
 sentencepiece `tokenizer.model` is turned into a BPE of the `tokenizers` library. And the configuration files bring
 tokens of their own. The rules below were read from Transformers 5.23 (`AutoTokenizer`, `TokenizersBackend`, the classes
 in `BUILDERS`; without `mistral-common`) and are held to it by the tests. A class that is not in `BUILDERS` is taken for
-`TokenizersBackend`, which uses `tokenizer.json` as it stands.
+`TokenizersBackend`, which uses `tokenizer.json` unchanged.
 """
 
 from __future__ import annotations
@@ -292,7 +292,7 @@ def _add_tokens(
 
 
 def _surround(backend: tokenizers.Tokenizer, named: Mapping[str, Token], config: Mapping[str, Any]) -> None:
-    """BOS before and EOS behind a text, where a folder without `tokenizer.json` asks for it."""
+    """Put BOS before and EOS after a text where a folder without `tokenizer.json` asks for it."""
     ends = [
         str(named[name]) if config.get(asked) and name in named else None
         for name, asked in (("bos_token", "add_bos_token"), ("eos_token", "add_eos_token"))

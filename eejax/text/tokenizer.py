@@ -37,7 +37,7 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """Text of `ids`. Bytes that are not UTF-8 become U+FFFD; ids beyond the vocabulary stand for no text."""
+        """Text of `ids`. Bytes that are not UTF-8 become U+FFFD; ids beyond the vocabulary have no text."""
         ...
 
     def apply_chat_template(

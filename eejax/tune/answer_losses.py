@@ -104,7 +104,7 @@ class Losses:
 
 
 class LossMeter:
-    """Answers the same prompts again and again, and holds each answer against full depth.
+    """Answers the same prompts at different thresholds, and compares each answer with full depth.
 
     Args:
         llm: idle.
@@ -145,7 +145,7 @@ class LossMeter:
         for prompt, early, full in zip(self._prompts, self._answers(early_exit), self._full_depth, strict=True):
 
             def choices(prompt: tuple[int, ...] = prompt, early: tuple = early, full: tuple = full) -> Sequence[int]:
-                # An answer that full depth gives as well is made of nothing but its choices.
+                # An answer equal to full depth's consists of full depth's choices.
                 return full[0] if early[0] == full[0] else full_depth_choices(self._llm, prompt, early[0])
 
             loss = self._loss(AnswerPair(prompt, early[0], full[0], early[1], full[1], choices))

@@ -45,8 +45,8 @@ class CalibrationOptions:
 
     Attributes:
         max_risk, confidence: with probability `confidence`, the expected loss of a request is at most `max_risk`.
-        measures: to calibrate, each with a promise of its own. Who then picks the best of m of them by these same
-            prompts should ask for a confidence of `1 - (1 - confidence) / m`.
+        measures: to calibrate, each with a promise of its own. To pick the best of m of them by these same
+            prompts, ask for a confidence of `1 - (1 - confidence) / m`.
         loss: one of `LOSSES`, or a function of an `AnswerPair`.
         grid: thresholds to test, chosen without a look at the prompts; `GRIDS` of the measure when None.
         max_tokens: of an answer.
@@ -104,7 +104,7 @@ class CalibrationOptions:
 
 
 def certify(meter: LossMeter, measure: Measure, model: ModelConfig, options: CalibrationOptions) -> MeasureCalibration:
-    """Find the lowest threshold of one measure that keeps the promise; nothing behind the first failure is run."""
+    """Find the lowest threshold of one measure that keeps the promise; nothing after the first failure is run."""
     grid = options.grid_of(measure)
     measured: list[Losses] = []
 
@@ -150,7 +150,7 @@ def calibrate(
         path: an eejax checkpoint or a Hugging Face folder, with a tokenizer.
         prompts: files that `eejax.text.prompts.read_prompts` reads.
         exit_layers, dtype, max_num_seqs: as for `LLM`. The promise holds for these exits and this dtype alone.
-        say: is told how it goes on, a line at a time.
+        say: receives progress, a line at a time.
 
     Returns:
         All that is stored now, and the file.

@@ -21,7 +21,7 @@ type Arrays = Mapping[str, Any]
 
 LOGITS_AT_ONCE = 2**20
 MIN_CHUNK = 128
-"""Tokens that are projected together at the least: fewer would read a large output matrix too often."""
+"""At least so many tokens are projected together: fewer would read a large output matrix too often."""
 
 
 def chunk_size(config: ModelConfig) -> int:
@@ -73,7 +73,7 @@ def _features(model: EarlyExitTransformer, states: Float[Array, "E D N"]) -> lis
 
 
 def _chunks(arrays: Arrays, chunk: int) -> dict[str, Array]:
-    """Cut the last axis into chunks and bring their number to the front, with zeros behind the last token."""
+    """Cut the last axis into chunks and bring their number to the front, with zeros after the last token."""
 
     def cut(x: Array) -> Array:
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % chunk)])
@@ -171,7 +171,7 @@ def separated(exits: dict) -> tuple[dict, dict]:
 
 
 def observe(config: ModelConfig, backbone: dict, exits: dict, batch: Arrays, chunk: int) -> dict[str, Array]:
-    """What every exit says of every token of a batch; `E` exits, `N = B T` tokens.
+    """Cross-entropy, agreement and confidence of every exit at every token of a batch; `E` exits, `N = B T` tokens.
 
     Returns:
         nats `[E+1, N]`: cross-entropy to the next token, full depth last.

@@ -21,7 +21,7 @@ from eejax.tune.exit_objective import chunk_size, head_loss, merged, observe, pr
 from eejax.tune.tuning_data import pack, shuffled_forever
 
 THRESHOLDS = (0.5, 0.7, 0.9)
-"""Confidences at which the evaluation says how many tokens would leave, and how many of those agree."""
+"""Confidences at which the evaluation reports how many tokens would exit, and how many of those agree."""
 DEFAULT_SEQ_LEN = 512
 WARM_UP_SHARE = 0.05
 
@@ -137,7 +137,7 @@ class Tuner:
         return trained
 
     def evaluate(self, documents: list[np.ndarray], n_bytes: int, name: str = "evaluating") -> dict[str, Any]:
-        """Bits per byte and agreement with full depth at every exit, and what its confidences are worth.
+        """Bits per byte and agreement with full depth at every exit, and how well its confidences predict agreement.
 
         Args:
             n_bytes: bytes of the text that is predicted.

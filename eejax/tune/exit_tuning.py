@@ -38,7 +38,7 @@ class ExitChoice:
     """The exits that are to be tuned. What is None is as the model has it; `choose_exits` says what else it may be.
 
     Attributes:
-        layers: blocks after which exits stand.
+        layers: blocks that are followed by an exit.
         head: `shared`, `norm` or `mlp`.
         tie_output: exits share the LM head's matrix.
         probes: exits have probes, for the measure `classifier`.

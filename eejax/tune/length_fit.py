@@ -1,4 +1,4 @@
-"""Length heads fitted to lengths, and what predictions are worth. NumPy alone: a thousand prompts take seconds."""
+"""Length heads fitted to lengths, and errors of predictions. NumPy suffices: a thousand prompts take seconds."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def fit_heads(
     targets = np.log(lengths.astype(np.float64))
     grams = np.stack([prompt_features(ids) for ids in prompts]).astype(np.float64)
     prompt = fit_quantiles(grams, PROMPT_SCALE, targets)
-    # The hidden state's head reads the prompt's estimate: of a prompt that its maker has not seen, as in use.
+    # The hidden state's head reads the prompt head's estimate, here as in use from a head not fitted to that prompt.
     before = np.empty((len(grams), len(LEVELS)))
     fold = np.arange(len(grams)) % FOLDS
     for i in range(FOLDS):
@@ -49,7 +49,7 @@ def fit_quantiles(features: np.ndarray, scale: np.ndarray | float, targets: np.n
 
     Args:
         features: `[P, F]`.
-        scale: of each feature (or all), which says how dear its weight is.
+        scale: of each feature (or all), larger for features whose weights decay less.
         targets: `[P, S]`, samples of what is predicted.
 
     Returns:
@@ -75,7 +75,7 @@ def fit_quantiles(features: np.ndarray, scale: np.ndarray | float, targets: np.n
 
 
 def scores(quantiles: np.ndarray, truth: np.ndarray) -> dict[str, float | None]:
-    """What predictions are worth; `eejax.tune.length_training.train_length` says what the figures are.
+    """Errors of predictions; `eejax.tune.length_training.train_length` describes the figures.
 
     Args:
         quantiles: `[..., Q]`, in tokens.

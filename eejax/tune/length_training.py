@@ -174,7 +174,7 @@ def hidden_states(llm: LLM, prompts: Sequence[Sequence[int]]) -> np.ndarray:
 
 
 def ask(llm: LLM, prompts: Sequence[Sequence[int]]) -> list[str]:
-    """What the model says when it is asked how long its answers would be; nothing where the question does not fit."""
+    """What the model answers when asked how long its answers would be; empty where the question does not fit."""
     assert llm.tokenizer is not None
     predictor = PerceptionPredictor(None, llm.tokenizer)
     questions: list[PromptLike] = [{"prompt_token_ids": predictor.question(ids)} for ids in prompts]

@@ -1,4 +1,4 @@
-"""Which thresholds a calibration set can vouch for: Learn-then-Test by fixed-sequence testing. No jax here.
+"""Which thresholds a calibration set can certify: Learn-then-Test by fixed-sequence testing. No jax here.
 
 A threshold's risk is its expected loss on a request, a loss being a number in [0, 1]. To each threshold belongs the
 hypothesis that its risk is above the bound, and a p-value for it from the losses of independent requests. Thresholds
@@ -80,8 +80,8 @@ def fixed_sequence(columns: Iterable[Sequence[float]], max_risk: float, confiden
     """Test thresholds in the order given, up to and including the first that cannot be accepted.
 
     Args:
-        columns: each threshold's losses over the calibration set, most cautious threshold first. What lies behind the
-            first failure is not asked for, so an iterator need not measure it.
+        columns: each threshold's losses over the calibration set, most cautious threshold first. What follows the
+            first failure is not requested, so an iterator need not measure it.
 
     Raises:
         ConfigError: the bound, the confidence or a loss is not allowed.

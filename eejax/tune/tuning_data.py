@@ -30,7 +30,7 @@ def read_documents(file: str | Path, tokenizer: Tokenizer) -> list[np.ndarray]:
     A `.txt` file holds documents with blank lines between them. Each line of a `.jsonl` or `.jsonl.gz` file is an
     object with `text`; with `prompt` and `response`; with `instruction`, perhaps `input`, and `output`; or with
     `messages`. Pairs and messages are written by the chat template where there is one, which also says how they begin
-    and end; else their parts stand below one another. Any other text ends with EOS, where that exists.
+    and end; else their parts are joined by blank lines. Any other text ends with EOS, where that exists.
 
     Raises:
         ConfigError: the file is missing, empty or of another kind, a line is no such object, or no document is usable;
@@ -49,7 +49,7 @@ def read_documents(file: str | Path, tokenizer: Tokenizer) -> list[np.ndarray]:
 
 
 def _entries(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Objects of a `.jsonl` file, or paragraphs of a `.txt` file as such objects, each with the place it stands in."""
+    """Objects of a `.jsonl` file, or paragraphs of a `.txt` file as such objects, each with its place in the file."""
     name = file.name.lower()
     require(name.endswith(SUFFIXES), f"text must be a file in {', '.join(SUFFIXES)}, got {file}")
     try:
@@ -156,7 +156,7 @@ def pack(documents: Iterable[np.ndarray], rows: int, length: int) -> Iterator[Ba
     """Batches of `rows` rows of `length` tokens, filled with documents in the order in which they come.
 
     A document that does not fit in what is left of a row begins the next one. One longer than a row is cut into pieces,
-    each of which is predicted without what stands before it. The last batch is padded.
+    each of which is predicted without the text before it. The last batch is padded.
     """
 
     def blank() -> Batch:

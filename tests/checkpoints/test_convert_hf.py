@@ -51,7 +51,7 @@ def test_a_converted_model_is_the_one_opened_directly(tmp_path: Path, shape: str
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_the_way_back_gives_identical_tensors(tmp_path: Path, shape: str, dtype: str) -> None:
     config, _ = make_folder(tmp_path / "hf", plain_config(shape), dtype=dtype)
-    convert(tmp_path / "hf", tmp_path / "eejax", exit_layers=(1, 2))
+    convert(tmp_path / "hf", tmp_path / "eejax", exits=ExitConfig((1, 2)))
     reverse(tmp_path / "eejax", tmp_path / "back")
     assert raw(tmp_path / "back") == raw(tmp_path / "hf")
     assert load_config(tmp_path / "back") == config
@@ -123,7 +123,7 @@ def test_tokenizer_files_go_along_and_come_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shape", ["gqa", "tied_embeddings"])
 def test_added_exits_equal_the_shared_head(tmp_path: Path, shape: str, head: str, tie: bool) -> None:
     make_folder(tmp_path / "hf", plain_config(shape))
-    config = convert(tmp_path / "hf", tmp_path / "eejax", exit_layers=(1, 3), exit_head=head, tie_exit_output=tie)
+    config = convert(tmp_path / "hf", tmp_path / "eejax", exits=ExitConfig((1, 3), head, tie_output=tie))
     assert config.exits == ExitConfig((1, 3), head, tie_output=tie)
     plain, params = load_checkpoint(tmp_path / "hf")
     shared = bind(dataclasses.replace(plain, exits=ExitConfig((1, 3))), params)
@@ -138,23 +138,24 @@ def test_added_exits_equal_the_shared_head(tmp_path: Path, shape: str, head: str
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"exit_layers": (0,)}, "at least 1"),
-        ({"exit_layers": (4,)}, r"exit layers \[4\] do not exist.*blocks 1 to 3"),
-        ({"exit_layers": (2, 9)}, r"exit layers \[9\]"),
-        ({"exit_layers": (2, 2)}, "ascending"),
-        ({"exit_layers": (1,), "exit_head": "linear"}, "shared, norm, mlp"),
-        ({"exit_layers": (1,), "exit_head": "block"}, "'block'"),
-        ({"exit_head": "norm"}, "needs exit layers"),
-        ({"exit_layers": (1,), "tie_exit_output": False}, "shared head has no output"),
+        ({"exits": {"layers": (0,)}}, "at least 1"),
+        ({"exits": {"layers": (4,)}}, r"exit layers \[4\] do not exist.*blocks 1 to 3"),
+        ({"exits": {"layers": (2, 9)}}, r"exit layers \[9\]"),
+        ({"exits": {"layers": (2, 2)}}, "ascending"),
+        ({"exits": {"layers": (1,), "head": "linear"}}, "shared, norm, mlp"),
+        ({"exits": {"layers": (1,), "head": "block"}}, "'block'"),
+        ({"exits": {"head": "norm"}}, "needs exit layers"),
+        ({"exits": {"layers": (1,), "tie_output": False}}, "shared head has no output"),
         ({"dtype": "int8"}, "dtype must be one of"),
         ({"format": "gguf"}, "huggingface, megatron-ee"),
-        ({"format": "megatron-ee", "exit_head": "mlp"}, "brings its exit heads"),
+        ({"format": "megatron-ee", "exits": {"head": "mlp"}}, "brings its exit heads"),
     ],
 )
 def test_bad_options_are_refused_and_nothing_is_written(tmp_path: Path, options: dict, said: str) -> None:
     make_folder(tmp_path / "hf")
     with pytest.raises(ConfigError, match=said):
-        convert(tmp_path / "hf", tmp_path / "eejax", **options)
+        exits = {"exits": ExitConfig(**options["exits"])} if "exits" in options else {}
+        convert(tmp_path / "hf", tmp_path / "eejax", **options | exits)
     assert [file.name for file in tmp_path.iterdir()] == ["hf"]
 
 

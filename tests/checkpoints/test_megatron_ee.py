@@ -162,11 +162,11 @@ def test_heads_without_grouping_and_without_a_tokenizer_size(tmp_path: Path) -> 
 
 def test_a_subset_of_the_exits(tmp_path: Path) -> None:
     params = make_folder(tmp_path / "ee", layout("mlp"))
-    config = convert(tmp_path / "ee", tmp_path / "eejax", format="megatron-ee", exit_layers=(3,))
+    config = convert(tmp_path / "ee", tmp_path / "eejax", format="megatron-ee", exits=ExitConfig((3,)))
     assert config.exits.layers == (3,)
     same(load_checkpoint(tmp_path / "eejax")[1]["exits"], {"after_3": params["exits"]["after_3"]})
     with pytest.raises(ConfigError, match=r"no 'mlp' exit head after blocks \[2\]"):
-        convert(tmp_path / "ee", tmp_path / "other", format="megatron-ee", exit_layers=(2,))
+        convert(tmp_path / "ee", tmp_path / "other", format="megatron-ee", exits=ExitConfig((2,)))
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def checkpoint(tmp_path_factory):
 
     def converted(name: str) -> Path:
         if not (root / name).exists():
-            convert(oracle(name).folder, root / name, exit_layers=oracle(name).exit_layers)
+            convert(oracle(name).folder, root / name, exits=ExitConfig(oracle(name).exit_layers))
         return root / name
 
     return converted
@@ -296,7 +296,7 @@ def test_conversion_rounds_to_the_nearest(dtype, tmp_path):
 @pytest.mark.parametrize("head", ["norm", "mlp"])
 def test_new_exit_heads_begin_as_the_shared_one(head, tmp_path):
     wanted = oracle("qwen3-untied-gqa")
-    convert(wanted.folder, tmp_path / "out", exit_layers=wanted.exit_layers, exit_head=head, tie_exit_output=False)
+    convert(wanted.folder, tmp_path / "out", exits=ExitConfig(wanted.exit_layers, head, tie_output=False))
     config, params = load_checkpoint(tmp_path / "out")
     assert config.exits == ExitConfig(wanted.exit_layers, head, tie_output=False)
     assert_logits(wanted, config, params)
@@ -340,7 +340,7 @@ def test_models_that_no_fixture_holds(tmp_path):
     assert len(models) > 35
     for number, wanted in enumerate(models):
         converted = tmp_path / "converted" / wanted.folder.name
-        convert(wanted.folder, converted, exit_layers=wanted.exit_layers)
+        convert(wanted.folder, converted, exits=ExitConfig(wanted.exit_layers))
         config, params = load_checkpoint(converted)
         assert config == wanted.config.with_exit_layers(wanted.exit_layers), wanted.folder
         assert_logits(wanted, config, params)

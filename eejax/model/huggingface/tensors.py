@@ -23,9 +23,9 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 ALIGNMENT = 8
 JAX_ALIGNMENT = 64
-"""Of an array in memory that JAX on CPU need not copy."""
+"""Alignment of an array in memory that JAX on CPU need not copy."""
 PIECE_BYTES = 16 * 2**20
-"""Of a file, mapped at a time."""
+"""Bytes of a file that are mapped at a time."""
 
 
 class TensorFiles:
@@ -94,7 +94,7 @@ def open_folder(folder: Path) -> TensorFiles:
 
 
 def nothing_in(folder: Path) -> str:
-    """What to say of a folder without safetensors."""
+    """The error message for a folder without safetensors."""
     pickled = sorted(file.name for pattern in PICKLED for file in folder.glob(pattern))
     if pickled:
         return (

@@ -1,6 +1,6 @@
 """Which tensors of a Hugging Face model make up which parameter: one table per family, read in both directions.
 
-A parameter is its tensors one below the other (along axis 0), all of the same size: K above V, gate above up.
+A parameter is its tensors concatenated along axis 0, all of the same size: K above V, gate above up.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def write_leaves(config: ModelConfig, leaves: Mapping[str, LazyArray]) -> dict[s
 
 
 def stacked(parts: list[LazyArray]) -> LazyArray:
-    """Arrays one below the other; float32 where they differ in dtype."""
+    """Arrays concatenated along axis 0; float32 where they differ in dtype."""
     if len(parts) == 1:
         return parts[0]
     same = len({part.dtype for part in parts}) == 1
