@@ -1,4 +1,5 @@
-"""What every test runs under: strict promotion, the CPU, a compilation cache of its own, repeatable hypothesis.
+"""What every test runs under: strict promotion, checked shapes, the CPU, a compilation cache of its own, repeatable
+hypothesis. `CHECK_SHAPES=off` leaves annotations of shapes unchecked (tests/shapes.py).
 
 `pytest -m gpu` runs the tests that need an NVIDIA GPU; without it they are skipped and jax never looks for one.
 """
@@ -67,6 +68,10 @@ def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):  # a pytest-xdist worker shares the folder of the process that started it
         _cache_dirs.append(tempfile.mkdtemp(prefix="eejax-tests-"))
         os.environ["EEJAX_CACHE_DIR"] = _cache_dirs[-1]
+    if os.environ.get("CHECK_SHAPES") != "off":
+        from tests import shapes  # imports NumPy
+
+        shapes.install()
 
 
 def pytest_unconfigure() -> None:
