@@ -182,7 +182,7 @@ class EngineOptions:
         None, "Blocks to exit after, instead of the checkpoint's own; only some of those unless heads are shared."
     )
     seed: int = option(0, "Seed for requests without one.")
-    scheduler: PolicyName | SchedulerConfig = option("fcfs", "fcfs, length or static.")
+    scheduler: PolicyName | SchedulerConfig | None = option("fcfs", "fcfs, length or static.")
     length_predictor: Any = option(None, "What predicts the lengths of answers.")
     compaction: Choice = option("auto", "auto, always or never: blocks compute only the rows still running.")
     fill: FillMode = option("auto", "auto, eager or deferred: when blocks that were not run get their K and V.")
@@ -210,7 +210,7 @@ class EngineOptions:
     @property
     def scheduler_config(self) -> SchedulerConfig:
         """The configuration that `scheduler` and `max_num_seqs` give together."""
-        slots, given = self.max_num_seqs, self.scheduler
+        slots, given = self.max_num_seqs, self.scheduler or "fcfs"
         if not isinstance(given, SchedulerConfig):
             return SchedulerConfig(policy=given) if slots is None else SchedulerConfig(slots, policy=given)
         require(

@@ -25,7 +25,7 @@ QUESTION_TOKENS = 8
 """Tokens of the answer to the question at most."""
 LARGEST_NUMBER = 100_000
 """A number above this is not taken for a length."""
-SPREAD = tuple(float(np.log(2) * (2 * level - 1) / 0.8) for level in LEVELS)
+SPREAD = tuple((np.log(2) * (2 * np.asarray(LEVELS) - 1) / 0.8).tolist())
 """Spread around a number that the model said, where none was measured: eight of ten answers within a factor of two."""
 LARGEST_LOG = 30.0
 """No answer is longer than e to this power; larger ones would overflow."""
