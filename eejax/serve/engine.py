@@ -110,9 +110,6 @@ class Engine:
             cost=self._step_cost,
             rebatching=self.config.decode.rebatching,
         )
-        self._intake = Intake(
-            self.config, self.tokenizer, self.eos_ids, self.allocator.num_pages, lambda: self.calibrated
-        )
         self._needs_hidden = predictor is not None and predictor.needs_hidden
         self._counts = Counts()
         self._tokens = self._prompt_tokens = self._token_blocks = 0
@@ -160,7 +157,9 @@ class Engine:
         request_id = request_id or f"request-{number}"
         if request_id in self._requests:
             raise InvalidRequestError(f"request id {request_id!r} is in use")
-        request = self._intake.request(
+        pages = self.allocator.num_pages
+        intake = Intake(self.config, self.tokenizer, self.eos_ids, pages, lambda: self.calibrated)
+        request = intake.request(
             prompt, params, request_id=request_id, number=number, text=text, priority=priority, deadline=deadline
         )
         self._requests[request_id] = request
