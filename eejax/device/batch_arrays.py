@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from eejax.core import MEASURES, DecayingThreshold, EngineConfig, Logprob, Piece, Sequence
-from eejax.device.decode_state import DecodeState, Rows
-from eejax.device.exits import ExitRows
+from eejax.device.decode_state import DecodeState, ExitRows, Rows
 from eejax.device.prefill import PrefillTokens
 from eejax.device.sampling import SamplingRows, TokenLogprobs
 from pallas_kernels import check_page_ids

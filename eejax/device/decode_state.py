@@ -1,32 +1,55 @@
-"""What a batch brings to a chunk of decode steps, and where its rows stand on their way through the network."""
+"""What a decode program reads and carries: the batch's rows, where each one is, and how the program was built."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal, Self, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from eejax.core import COUNTERS, LOGIT_MEASURES, ModelConfig, SamplingParams
-from eejax.device import kv_fill
-from eejax.device.exits import ExitRows
-from eejax.device.kv_cache import PagedKVCache
-from eejax.device.kv_fill import Waiting
+from eejax.device.kv_cache import PagedKVCache, Slots, write
 from eejax.device.sampling import SamplingRows
 from eejax.model import EarlyExitTransformer
-from pallas_kernels import Best
+from pallas_kernels import paged_attention
+from pallas_kernels.head import Best
+
+WAITING_PER_ROW = 4
+"""Tokens of a row whose K and V may wait at a time."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
+class ExitRows:
+    """Per-row exit parameters, fixed for a request.
+
+    Attributes:
+        thresholds: `inf` where the row may not exit (E exits, ascending).
+        measure: index into `eejax.core.MEASURES`.
+        tau: decay of CALM eq. 5, per answer; negative for a constant threshold.
+        horizon: the N of that equation, the request's `max_tokens`.
+        gates: probability by an exit's probe below which its head is not computed; 0 computes it always.
+        keys: raw random key of the row's request.
+    """
+
+    thresholds: Float[Array, "E B"]
+    measure: Int[Array, " B"]
+    tau: Float[Array, " B"]
+    horizon: Float[Array, " B"]
+    gates: Float[Array, " B"]
+    keys: UInt32[Array, "B 2"]
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What a batch of B rows brings along, fixed during a chunk. Padding rows have `live` false.
+    """The requests of a batch of B rows, fixed during a chunk.
 
     Attributes:
-        page_table: physical pages by position; entries behind the reserved ones may hold any valid id.
+        page_table: physical pages by position; entries after the reserved ones may hold any valid id.
         stop_ids: tokens that end the row, padded with -1 (Z of them).
     """
 
@@ -39,11 +62,11 @@ class Rows:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
 class DecodeState:
-    """Where each row stands in its answer.
+    """How far each row's answer is.
 
     Attributes:
         numbers: `tokens`, `positions`, `generated` and `budget`.
-        live: whether the row takes part.
+        live: rows that are still running; false for padding.
     """
 
     numbers: Int[Array, "4 B"]
@@ -70,7 +93,7 @@ class DecodeState:
         return self.numbers[3]
 
     def after(self, tokens: Int[Array, " B"], resolved: Bool[Array, " B"], stopped: Bool[Array, " B"]) -> DecodeState:
-        """One token later in rows that are `resolved`; those that have `stopped` take no part any more."""
+        """One token later in rows that are `resolved`; rows that have `stopped` are no longer live."""
         moved = resolved.astype(jnp.int32)
         tokens = jnp.where(resolved, tokens, self.tokens)
         numbers = jnp.stack([tokens, self.positions + moved, self.generated + moved, self.budget - moved])
@@ -79,17 +102,33 @@ class DecodeState:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
-class Step:
-    """Rows on their way through the network.
+class Waiting:
+    """Tokens of B rows that exited, W for each row, and whose K and V are not written in every block yet.
 
     Attributes:
-        x: hidden states; of resolved rows, frozen.
+        x: hidden states they exited with.
+        positions: theirs.
+        filled: segments in which their K and V are written; all of the model's where the place is free.
+    """
+
+    x: Float[Array, "D W B"]
+    positions: Int[Array, "W B"]
+    filled: Int[Array, "W B"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Rows on their way through the network. A row is resolved when it has exited or run the last segment.
+
+    Attributes:
+        x: hidden states; those of resolved rows are frozen.
         places: `segment`, `filled` and `held`.
         exit_at: blocks that each row ran.
-        features: what the output matrix multiplies, of resolved rows.
-        best: what their logits come to, of rows that are `scored`.
+        features: input of the output matrix, of resolved rows.
+        best: what the logits come to, of rows that are `scored`.
         logits: of those that `SamplingRows.needs_logits`; None where the program is for greedy rows.
-        scored: rows to whose features the output matrix has been applied.
+        scored: rows whose logits have been computed.
         waiting: for deferred fill-in; None where it is eager.
         counts: the fields of `eejax.core.Counts` so far in this chunk.
     """
@@ -105,9 +144,36 @@ class Step:
     waiting: Waiting | None
     counts: Int[Array, " 7"]
 
+    @classmethod
+    def start(cls, ctx: Pass, cache: PagedKVCache) -> Self:
+        """No row has begun."""
+        config, dtype, count = ctx.model.config, ctx.model.embedding[...].dtype, ctx.state.live.shape[0]
+        size, done, shape = config.hidden_size, len(config.segments), (WAITING_PER_ROW, count)
+        zeros, none = jnp.zeros((count,), jnp.int32), jnp.zeros((count,), bool)
+        last = jnp.full((count,), done, jnp.int32)
+        states = jnp.zeros((size, count), dtype)
+        return cls(
+            cache=cache,
+            x=states,
+            places=jnp.stack([last, last, zeros]),
+            exit_at=zeros,
+            features=states,
+            best=Best.unknown(count),
+            logits=jnp.zeros((config.vocab_size, count), jnp.float32) if ctx.plan.asks.choice == "any" else None,
+            scored=none,
+            waiting=Waiting(
+                x=jnp.zeros((size, *shape), dtype),
+                positions=jnp.zeros(shape, jnp.int32),
+                filled=jnp.full(shape, done, jnp.int32),
+            )
+            if ctx.plan.deferred
+            else None,
+            counts=jnp.zeros((len(COUNTERS),), jnp.int32),
+        )
+
     @property
     def segment(self) -> Int[Array, " B"]:
-        """Where each row stands; the number of segments for rows that are resolved, or take no part."""
+        """The segment each row runs next; the number of segments for rows that are resolved or not live."""
         return self.places[0]
 
     @property
@@ -117,7 +183,7 @@ class Step:
 
     @property
     def held(self) -> Int[Array, " B"]:
-        """Passes that the row has been standing there."""
+        """Passes for which the row has waited to run its segment."""
         return self.places[2]
 
     def placed(self, segment: Array | None = None, filled: Array | None = None, held: Array | None = None) -> Step:
@@ -174,7 +240,7 @@ class Plan:
     """How segments are run; fixed when the program is compiled.
 
     Attributes:
-        compacts: a block computes the rows that run it and no others; else all, and keeps what others had.
+        compacts: a block computes only the rows that run it; else all, and keeps the former states of the others.
         deferred: fill-in is deferred.
         asks: what rows may ask for.
     """
@@ -197,21 +263,34 @@ class Plan:
         return jnp.sum(rows, dtype=jnp.int32) if self.compacts else rows.shape[0]
 
 
-def begin(model: EarlyExitTransformer, plan: Plan, cache: PagedKVCache, count: int) -> Step:
-    """`count` rows, none of which has begun."""
-    config, dtype = model.config, model.embedding[...].dtype
-    zeros, none = jnp.zeros((count,), jnp.int32), jnp.zeros((count,), bool)
-    last = jnp.full((count,), len(config.segments), jnp.int32)
-    states = jnp.zeros((config.hidden_size, count), dtype)
-    return Step(
-        cache=cache,
-        x=states,
-        places=jnp.stack([last, last, zeros]),
-        exit_at=zeros,
-        features=states,
-        best=Best.unknown(count),
-        logits=jnp.zeros((config.vocab_size, count), jnp.float32) if plan.asks.choice == "any" else None,
-        scored=none,
-        waiting=kv_fill.nobody_waits(model, count, dtype) if plan.deferred else None,
-        counts=jnp.zeros((len(COUNTERS),), jnp.int32),
-    )
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """What the functions of one pass read and do not change."""
+
+    model: EarlyExitTransformer
+    plan: Plan
+    rows: Rows
+    state: DecodeState
+
+    def attend(
+        self,
+        layer: int,
+        active: Bool[Array, " B"],
+        slots: Slots | None,
+        q: Float[Array, "H C B"],
+        k: Float[Array, "K C N"],
+        v: Float[Array, "K C N"],
+        cache: PagedKVCache,
+    ) -> tuple[Float[Array, "H C B"], PagedKVCache]:
+        """Write K and V of cached block `layer`, then let each active row's query read up to its own position.
+
+        Args:
+            slots: where K and V go; None: they have been written before.
+        """
+        cache = cache if slots is None else write(cache, layer, slots, k, v)
+        positions, window = self.state.positions, self.model.config.window_of(layer)
+        q, lengths = jnp.moveaxis(q, -1, 0), positions + 1
+        o = paged_attention(
+            q, cache.k, cache.v, self.rows.page_table, lengths, layer=layer, active=active, sliding_window=window
+        )
+        return jnp.moveaxis(o, 0, -1), cache

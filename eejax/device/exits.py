@@ -1,4 +1,4 @@
-"""Confidence measures and thresholds: who may leave at an exit.
+"""Early exits: confidence measures, thresholds, and the test after a segment.
 
 To add a measure: name it in `eejax.core.Measure` and compute it in `confidence`, from what `Observation` carries.
 """
@@ -6,48 +6,32 @@ To add a measure: name it in `eejax.core.Measure` and compute it in `confidence`
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int
 
-from eejax.core import MEASURES
-from pallas_kernels import Best
+from eejax.core import LOGIT_MEASURES, MEASURES
+from eejax.device.decode_state import ExitRows, Pass, Step
+from eejax.device.kv_cache import PagedKVCache
+from eejax.model import Block
+from pallas_kernels.control_flow import run_if
+from pallas_kernels.head import Best
+from pallas_kernels.projection import Rotation
 
 RANDOM_STREAM = 1
 """Sets the `random` measure's draws apart from the sampler's, which use the same per-token keys."""
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, slots=True)
-class ExitRows:
-    """Per-row exit parameters, fixed for a request.
-
-    Attributes:
-        thresholds: `inf` where the row may not leave at that exit (E exits, ascending).
-        measure: index into `MEASURES`.
-        tau: decay of CALM eq. 5, per answer; negative for a constant threshold.
-        horizon: the N of that equation, the request's `max_tokens`.
-        gates: probability by an exit's probe below which its head is not asked; 0 asks always.
-        keys: raw random key of the row's request.
-    """
-
-    thresholds: Float[Array, "E B"]
-    measure: Int[Array, " B"]
-    tau: Float[Array, " B"]
-    horizon: Float[Array, " B"]
-    gates: Float[Array, " B"]
-    keys: UInt32[Array, "B 2"]
-
-
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """What measures may look at, at one exit. What is None was not computed, and rows that need it do not leave.
+    """What measures may look at, at one exit. What is None was not computed, and rows that need it do not exit.
 
     Attributes:
         best: what this exit's logits come to.
-        similarity: cosine of the hidden states behind and before the exit's block.
+        similarity: cosine of the hidden states before and after the exit's block.
         probe: log-odds by the exit's linear probe.
         uniform: one draw per token.
     """
@@ -85,11 +69,11 @@ def uniform_draw(rows: ExitRows, step: Int[Array, " B"]) -> Float[Array, " B"]:
     return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, RANDOM_STREAM)))(token_keys(rows, step))
 
 
-def similarity(before: Float[Array, "D B"], behind: Float[Array, "D B"]) -> Float[Array, " B"]:
-    """The `similarity` measure: cosine of the hidden states before and behind a block, at most 1."""
-    before, behind = before.astype(jnp.float32), behind.astype(jnp.float32)
-    lengths = jnp.sum(before * before, axis=0) * jnp.sum(behind * behind, axis=0)
-    cosine = jnp.sum(before * behind, axis=0) * jax.lax.rsqrt(jnp.maximum(lengths, jnp.finfo(jnp.float32).tiny))
+def similarity(before: Float[Array, "D B"], after: Float[Array, "D B"]) -> Float[Array, " B"]:
+    """The `similarity` measure: cosine of the hidden states before and after a block, at most 1."""
+    before, after = before.astype(jnp.float32), after.astype(jnp.float32)
+    lengths = jnp.sum(before * before, axis=0) * jnp.sum(after * after, axis=0)
+    cosine = jnp.sum(before * after, axis=0) * jax.lax.rsqrt(jnp.maximum(lengths, jnp.finfo(jnp.float32).tiny))
     return jnp.minimum(cosine, 1.0)
 
 
@@ -110,3 +94,98 @@ def confidence(rows: ExitRows, seen: Observation) -> Float[Array, " B"]:
         if name in found:
             result = jnp.where(rows.measure == index, found[name], result)
     return result
+
+
+@dataclass(frozen=True, slots=True)
+class ExitTest:
+    """The test of one exit in one pass, after the rows that `ran` have run the segment before it.
+
+    Attributes:
+        rotation: of the rows' positions.
+        before, middle, x: input of the exit's block, the segment's last; its residual between attention and MLP; its
+            output.
+        cache: with K and V of this pass.
+    """
+
+    ctx: Pass
+    index: int
+    ran: Bool[Array, " B"]
+    rotation: Rotation
+    before: Float[Array, "D B"]
+    middle: Float[Array, "D B"]
+    x: Float[Array, "D B"]
+    cache: PagedKVCache
+
+    @property
+    def layer(self) -> int:
+        """Blocks before the exit."""
+        return self.ctx.model.config.exits.layers[self.index]
+
+    def apply(self, step: Step) -> Step:
+        """Test the rows that may exit here, and resolve those that pass."""
+        rows = self.ctx.rows.exits
+        asks = may_leave(rows, self.index) & self.ran
+        with jax.named_scope("confidence"):
+            if self.ctx.plan.asks.exits == "heads":
+                return run_if(jnp.any(asks), partial(self._by_head, asks), step)
+            by_logits = asks & uses(rows, LOGIT_MEASURES)
+            step = run_if(jnp.any(by_logits), partial(self._by_head, by_logits), step)
+            others = asks & ~by_logits
+            return run_if(jnp.any(others), partial(self._without_head, others), step)
+
+    def _by_head(self, asking: Bool[Array, " B"], step: Step) -> Step:
+        """Test by the exit's logits, of rows whose gate the exit's probe passes."""
+        model, features = self.ctx.model, self._features(asking)
+        if not model.config.exits.probes:
+            return self._ask_head(asking, features, step)
+        asking &= jax.nn.sigmoid(model.probe_logit(self.layer, features)) >= self.ctx.rows.exits.gates
+        return run_if(jnp.any(asking), partial(self._ask_head, asking, features), step)
+
+    def _ask_head(self, asking: Bool[Array, " B"], features: Float[Array, "D B"], step: Step) -> Step:
+        plan = self.ctx.plan
+        with jax.named_scope("heads"):
+            best, logits = self.ctx.model.best(
+                self.layer,
+                features,
+                active=plan.computed(asking),
+                logits=step.logits,
+                wanted=asking & self.ctx.rows.sampling.needs_logits,
+            )
+        exiting = asking & self._passes(Observation(best=best))
+        # Rows that exit here are scored by these very logits: no second projection.
+        best = jax.tree.map(partial(jnp.where, exiting), best, step.best)
+        step = replace(self._exit(exiting, features, step), best=best, logits=logits, scored=step.scored | exiting)
+        return step.counting(heads_run=1, row_heads=plan.count(asking))
+
+    def _without_head(self, asking: Bool[Array, " B"], step: Step) -> Step:
+        """Test by measures that need no logits."""
+        model, features = self.ctx.model, self._features(asking)
+        seen = Observation(
+            similarity=similarity(self.before, self.x),
+            probe=model.probe_logit(self.layer, features) if model.config.exits.probes else None,
+            uniform=uniform_draw(self.ctx.rows.exits, self.ctx.state.generated),
+        )
+        return self._exit(asking & self._passes(seen), features, step)
+
+    def _features(self, asking: Bool[Array, " B"]) -> Float[Array, "D B"]:
+        """What the exit's output matrix multiplies, for the rows that ask."""
+        run_block, active = partial(self._run_own_block, asking), self.ctx.plan.computed(asking)
+        return self.ctx.model.features(self.layer, self.x, self.middle, run_block, active)
+
+    def _run_own_block(self, asking: Bool[Array, " B"], block: Block, x: Float[Array, "D B"]) -> Float[Array, "D B"]:
+        """The block that the exit owns. Its K and V have been written, for rows that do not ask as well."""
+        (own,) = self.ctx.model.exit_blocks(self.layer)
+        active = (asking, jnp.zeros_like(asking)) if self.ctx.plan.compacts else None
+        return block(x, self.rotation, partial(self.ctx.attend, own, asking, None), self.cache, active=active)[0]
+
+    def _passes(self, seen: Observation) -> Bool[Array, " B"]:
+        rows = self.ctx.rows.exits
+        return confidence(rows, seen) >= thresholds_at(rows, self.index, self.ctx.state.generated)
+
+    def _exit(self, exiting: Bool[Array, " B"], features: Float[Array, "D B"], step: Step) -> Step:
+        """Resolve the rows that exit here."""
+        return replace(
+            step,
+            features=jnp.where(exiting, features, step.features),
+            exit_at=jnp.where(exiting, self.layer, step.exit_at),
+        ).placed(segment=jnp.where(exiting, len(self.ctx.model.config.segments), step.segment))

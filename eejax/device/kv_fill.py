@@ -1,15 +1,16 @@
-"""K and V of tokens in blocks that they did not run: the block's own projection of the state a token left with.
+"""K and V of tokens in blocks that they did not run: each block's own projection of the hidden state at the exit.
 
-Eager: whatever is missing at the end of a step is written then. Deferred: the states wait, a few for each row, and the
+Eager: whatever is missing at the end of a pass is written then. Deferred: the states wait, a few for each row, and the
 next time a row enters a block its waiting states go through the block's K and V projection beside it, so that the
-weights are read once for all of them. What still waits when a row's places are taken, or when the chunk ends, is
-written then: nothing waits while a row could be parked, preempted or regrouped.
+weights are read once for all of them. What still waits when a row has no free place, or when the chunk ends, is written
+then: nothing waits while a row could be parked, preempted or regrouped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate, chain
 
 import jax
@@ -17,43 +18,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 import pallas_kernels as kernels
+from eejax.device.decode_state import WAITING_PER_ROW, Pass, Step, Waiting
 from eejax.device.kv_cache import PagedKVCache, Slots, slots_of
 from eejax.model import EarlyExitTransformer
-
-WAITING_PER_ROW = 4
-"""Tokens of a row whose K and V may wait at a time."""
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, slots=True)
-class Waiting:
-    """Tokens of B rows that left early, W for each row, and are not written everywhere yet.
-
-    Attributes:
-        x: states they left with.
-        positions: theirs.
-        filled: segments in which their K and V are written; all of the model's where the place is free.
-    """
-
-    x: Float[Array, "D W B"]
-    positions: Int[Array, "W B"]
-    filled: Int[Array, "W B"]
-
-
-def nobody_waits(model: EarlyExitTransformer, rows: int, dtype: jnp.dtype) -> Waiting:
-    """All places free."""
-    shape = (WAITING_PER_ROW, rows)
-    return Waiting(
-        x=jnp.zeros((model.config.hidden_size, *shape), dtype),
-        positions=jnp.zeros(shape, jnp.int32),
-        filled=jnp.full(shape, len(model.config.segments), jnp.int32),
-    )
-
-
-def cached_in(model: EarlyExitTransformer, segment: int) -> tuple[int, ...]:
-    """Cached blocks that a segment writes: its own, and the one that an exit behind it owns."""
-    blocks = model.config.segments[segment]
-    return (*blocks, *model.exit_blocks(blocks.stop))
+from pallas_kernels.control_flow import run_if
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +34,7 @@ class Tokens:
     valid: Bool[Array, " N"]
 
     def followed_by(self, others: Tokens) -> Tokens:
-        """These and then the others."""
+        """These tokens, then `others`."""
         return Tokens(
             jnp.concatenate([self.x, others.x], axis=1),
             jnp.concatenate([self.positions, others.positions]),
@@ -112,22 +80,48 @@ def fill(
 def fill_segments(
     model: EarlyExitTransformer, tokens: Tokens, filled: Int[Array, " N"], cache: PagedKVCache
 ) -> tuple[PagedKVCache, Int[Array, ""]]:
-    """Write the K and V of tokens in all segments from `filled` on, which is 1 or above.
+    """Write the K and V of tokens in all segments from `filled` on, which is at least 1.
 
     Returns:
         The cache, and the number of blocks whose projection that took.
     """
-    by_segment = [cached_in(model, segment) for segment in range(1, len(model.config.segments))]
+    # A segment writes its own blocks, and the one that the exit after it owns.
+    by_segment = [(*blocks, *model.exit_blocks(blocks.stop)) for blocks in model.config.segments[1:]]
     layers = tuple(chain.from_iterable(by_segment))
-    # Where each segment's blocks begin among all of them; nothing is missing behind the last.
+    # Index of each segment's first block in `layers`; after the last segment nothing is missing.
     starts = [0, *accumulate(map(len, by_segment))]
     from_layer = jnp.where(tokens.valid, jnp.array([0, *starts], jnp.int32)[filled], len(layers))
     cache = fill(model, layers, tokens, cache, from_layer, starts[:-1])
     return cache, len(layers) - jnp.min(from_layer)
 
 
+def settle(ctx: Pass, step: Step, resolved: Bool[Array, " B"]) -> Step:
+    """Write the K and V that resolved rows lack (eager), or let them wait (deferred)."""
+    done = len(ctx.model.config.segments)
+    lacks = jnp.where(resolved, step.filled, done)
+    if step.waiting is not None:
+        # K and V of rows that have stopped are not read again.
+        waiting = replace(step.waiting, filled=jnp.where(ctx.state.live, step.waiting.filled, done))
+        waiting = _enqueue(waiting, step.x, ctx.state.positions, lacks, done)
+        step = replace(step, waiting=waiting).placed(filled=jnp.where(resolved, done, step.filled))
+        full = jnp.any(jnp.all(waiting.filled < done, axis=0))
+        return run_if(full, partial(_flush, ctx), step)
+    tokens = Tokens(step.x, ctx.state.positions, ctx.rows.page_table, resolved)
+    with jax.named_scope("fill"):
+        cache, fills = fill_segments(ctx.model, tokens, lacks, step.cache)
+    return replace(step, cache=cache).placed(filled=jnp.where(resolved, done, step.filled)).counting(fills=fills)
+
+
+def finish(ctx: Pass, step: Step) -> Step:
+    """The end of a chunk: write what waits of rows that are still live."""
+    if step.waiting is None:
+        return step
+    filled = jnp.where(ctx.state.live, step.waiting.filled, len(ctx.model.config.segments))
+    return _flush(ctx, replace(step, waiting=replace(step.waiting, filled=filled)))
+
+
 def waiting_for(waiting: Waiting, segment: int, page_table: Int[Array, "B M"], rows: Bool[Array, " B"]) -> Tokens:
-    """What waits for a segment, of some rows: W times B tokens, valid or not."""
+    """What waits for a segment in some `rows`: all W times B places, valid or not."""
     return _all_places(waiting, page_table, (waiting.filled == segment) & rows)
 
 
@@ -141,17 +135,12 @@ def _all_places(waiting: Waiting, page_table: Int[Array, "B M"], valid: Bool[Arr
     )
 
 
-def enqueue(
-    model: EarlyExitTransformer,
-    waiting: Waiting,
-    x: Float[Array, "D B"],
-    positions: Int[Array, " B"],
-    filled: Int[Array, " B"],
+def _enqueue(
+    waiting: Waiting, x: Float[Array, "D B"], positions: Int[Array, " B"], filled: Int[Array, " B"], done: int
 ) -> Waiting:
     """With one more token of every row that is not `filled` in all segments; each such row has a free place."""
-    segments = len(model.config.segments)
-    free = waiting.filled == segments
-    place = free & (jnp.cumsum(free, axis=0) == 1) & (filled < segments)
+    free = waiting.filled == done
+    place = free & (jnp.cumsum(free, axis=0) == 1) & (filled < done)
     return Waiting(
         x=jnp.where(place, x[:, None], waiting.x),
         positions=jnp.where(place, positions, waiting.positions),
@@ -159,11 +148,12 @@ def enqueue(
     )
 
 
-def flush(
-    model: EarlyExitTransformer, waiting: Waiting, page_table: Int[Array, "B M"], cache: PagedKVCache
-) -> tuple[Waiting, PagedKVCache, Int[Array, ""]]:
-    """Write all that waits, in one go. Returns the number of blocks whose projection that took, too."""
-    done = len(model.config.segments)
-    tokens = _all_places(waiting, page_table, waiting.filled < done)
-    cache, fills = fill_segments(model, tokens, waiting.filled.reshape(-1), cache)
-    return replace(waiting, filled=jnp.full_like(waiting.filled, done)), cache, fills
+def _flush(ctx: Pass, step: Step) -> Step:
+    """Write all K and V that wait."""
+    waiting, done = step.waiting, len(ctx.model.config.segments)
+    assert waiting is not None
+    with jax.named_scope("fill"):
+        tokens = _all_places(waiting, ctx.rows.page_table, waiting.filled < done)
+        cache, fills = fill_segments(ctx.model, tokens, waiting.filled.reshape(-1), step.cache)
+    waiting = replace(waiting, filled=jnp.full_like(waiting.filled, done))
+    return replace(step, waiting=waiting, cache=cache).counting(fills=fills)

@@ -29,7 +29,7 @@ from eejax.core import (
     cut_prefill,
 )
 from eejax.device.batch_arrays import logprobs_of, prefill_tokens, rows_of, state_of
-from eejax.device.decode import decode_chunk
+from eejax.device.decode import ChunkLimits, decode_chunk
 from eejax.device.decode_state import ANYTHING, Asks, Plan
 from eejax.device.kernels import choose_kernels
 from eejax.device.kv_cache import init_cache
@@ -162,9 +162,8 @@ class Runner:
             plan = Plan(self.compacts, asks.exits != "none" and self._defers(bucket), asks)
             chunk = functools.partial(decode_chunk, self.config.model, self.config.scheduler.max_chunk_steps, plan)
             rows, state = rows_of(self.config, (), bucket), state_of((), bucket)
-            return jax.jit(chunk, donate_argnums=1).lower(
-                self.params, self.cache, rows, state, np.int32(1), np.int32(1), np.bool_(False)
-            )
+            limits = ChunkLimits(np.int32(1), np.int32(1), np.bool_(False))
+            return jax.jit(chunk, donate_argnums=1).lower(self.params, self.cache, rows, state, limits)
 
         return self._compiled.get("decode", bucket, lower, str(asks) if len(variants) > 1 else "")
 
@@ -219,9 +218,7 @@ class Runner:
             self.cache,
             rows_of(self.config, batch.rows, bucket),
             state_of(batch.rows, bucket),
-            np.int32(batch.n_steps),
-            np.int32(batch.hold),
-            np.bool_(batch.yield_on_free),
+            ChunkLimits(np.int32(batch.n_steps), np.int32(batch.hold), np.bool_(batch.yield_on_free)),
         )
         packed = np.asarray(out.packed)
         split = len(packed) - len(COUNTERS)

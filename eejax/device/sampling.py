@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +48,12 @@ class TokenLogprobs:
     rank: Int[Array, "... B"]
     top: Float[Array, "... R B"]
     top_ids: Int[Array, "... R B"]
+
+    @classmethod
+    def zeros(cls, *shape: int) -> Self:
+        """Of rows that did not ask, `shape` being that of `chosen`."""
+        top = (*shape[:-1], MAX_LOGPROBS, shape[-1])
+        return cls(jnp.zeros(shape), jnp.zeros(shape, jnp.int32), jnp.zeros(top), jnp.zeros(top, jnp.int32))
 
 
 def _largest_with(accept: Callable[[Array], Array], rows: int) -> Float[Array, " B"]:

@@ -17,7 +17,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from eejax.core import MODEL_MEASURES, InvalidRequestError, ModelConfig
 from eejax.device import exits
-from eejax.device.exits import ExitRows, Observation
+from eejax.device.decode_state import ExitRows
+from eejax.device.exits import Observation
 from eejax.model import Block, EarlyExitTransformer, attend_causal, bind
 from pallas_kernels import Best, run_if
 

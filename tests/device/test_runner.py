@@ -20,7 +20,7 @@ from eejax.core.buckets import Piece, batch_size, bucket_of, cut_prefill
 from eejax.core.params import DecayingThreshold, EarlyExitParams, SamplingParams
 from eejax.core.request import MicroBatch, Request, RequestOutput, Sequence
 from eejax.device.batch_arrays import MAX_DEVICE_STOP_IDS, logprobs_of
-from eejax.device.kv_fill import WAITING_PER_ROW
+from eejax.device.decode_state import WAITING_PER_ROW
 from eejax.device.runner import Runner
 from eejax.device.sampling import token_logprobs
 from eejax.serve.engine import Engine
