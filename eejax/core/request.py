@@ -115,15 +115,16 @@ class Sequence:
         """
         return len(self.request.prompt_token_ids) + max(0, len(self.output_token_ids) - 1)
 
-    def prefill_tokens(self, n_layers: int) -> tuple[list[int], list[int]]:
-        """Token ids to prefill, and the number of blocks each one ran.
+    def prefill_tokens(self, start: int, stop: int, n_layers: int) -> tuple[list[int], list[int]]:
+        """Token ids to prefill at positions `start .. stop - 1`, and the number of blocks each one ran.
 
         That is `n_layers` for the prompt, and for answer token `i`, which was the input that produced token `i + 1`,
         the exit layer of token `i + 1`.
         """
-        prompt = self.request.prompt_token_ids
-        tokens = [*prompt, *self.output_token_ids[:-1]]
-        return tokens, [n_layers] * len(prompt) + self.exit_layers[1:]
+        prompt = self.request.prompt_token_ids[start:stop]
+        first, end = (max(0, at - len(self.request.prompt_token_ids)) for at in (start, stop))
+        tokens = [*prompt, *self.output_token_ids[first:end]]
+        return tokens, [n_layers] * len(prompt) + self.exit_layers[first + 1 : end + 1]
 
     def append(self, token: int, exit_layer: int, logprobs: dict[int, Logprob] | None) -> None:
         """Take over one answer token and set the finish reason that token ids and counts alone decide."""

@@ -73,13 +73,11 @@ def prefill_tokens(pieces: Seq[tuple[Sequence, Piece]], bucket: int, max_rows: i
     end = 0
     for row, (seq, piece) in enumerate(pieces):
         begin, end = end, end + piece.length
-        here = slice(begin, end)
-        of_seq = slice(piece.start, piece.start + piece.length)
-        all_ids, all_depths = seq.prefill_tokens(n_layers)
-        ids[here], depths[here] = all_ids[of_seq], all_depths[of_seq]
-        rows[here], positions[here] = row, np.arange(of_seq.start, of_seq.stop)
+        here, stop = slice(begin, end), piece.start + piece.length
+        ids[here], depths[here] = seq.prefill_tokens(piece.start, stop, n_layers)
+        rows[here], positions[here] = row, np.arange(piece.start, stop)
         last[row] = end - 1
-        wants_token[row] = not seq.output_token_ids and of_seq.stop == seq.prefill_length
+        wants_token[row] = not seq.output_token_ids and stop == seq.prefill_length
     return PrefillTokens(*map(_host, (ids, rows, positions, depths, last, wants_token)))
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 
 import jax
@@ -19,7 +22,8 @@ from eejax.core import CacheConfig, DecodeConfig, EngineConfig, ExitConfig, Mode
 from eejax.core.buckets import Piece, batch_size, bucket_of, cut_prefill
 from eejax.core.params import DecayingThreshold, EarlyExitParams, SamplingParams
 from eejax.core.request import MicroBatch, Request, RequestOutput, Sequence
-from eejax.device.batch_arrays import MAX_DEVICE_STOP_IDS, logprobs_of
+from eejax.core.xla_flags import set_xla_flags
+from eejax.device.batch_arrays import MAX_DEVICE_STOP_IDS, logprobs_of, prefill_tokens
 from eejax.device.decode_state import WAITING_PER_ROW
 from eejax.device.runner import Runner
 from eejax.device.sampling import token_logprobs
@@ -124,10 +128,36 @@ def cache_bytes(runner: Runner) -> int:
     return runner.cache.k.nbytes + runner.cache.v.nbytes
 
 
+def single_threaded_loops(program: str) -> int:
+    """Loops that XLA:CPU took for small and made one kernel of a single thread: it marks them."""
+    return program.count("xla_cpu_small_call")
+
+
 def test_no_loop_was_made_a_single_threaded_kernel(runner, windowed):
-    # XLA:CPU marks such loops; the heads and the fill-in must not be among them (eejax/core/xla_flags.py).
+    """The heads and the fill-in must not be among them (eejax/core/xla_flags.py)."""
     for one in (runner, windowed[0]):
-        assert "xla_cpu_small_call" not in one.decode_program(4).as_text()
+        assert single_threaded_loops(one.decode_program(4).as_text()) == 0
+
+
+SMALL_LOOP = """
+import jax, jax.numpy as jnp
+loop = jax.jit(lambda x: jax.lax.while_loop(lambda x: x[0] < 9, lambda x: jnp.sin(x) + jnp.roll(x, 1), x))
+print(loop.lower(jnp.zeros(8)).compile().as_text())
+"""
+
+
+@pytest.mark.parametrize("flags", ["of XLA", "of eejax"])
+def test_single_threaded_loops_are_found_where_xla_makes_them(flags):
+    """A control for the test above: XLA makes them by default, and the search finds them."""
+    environment = os.environ | {"XLA_FLAGS": ""}
+    if flags == "of eejax":
+        set_xla_flags(environment)
+    ran = subprocess.run(
+        [sys.executable, "-c", SMALL_LOOP], env=environment, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "while" in ran.stdout
+    assert (single_threaded_loops(ran.stdout) > 0) == (flags == "of XLA")
 
 
 @pytest.mark.parametrize("kind", ["decode", "prefill"])
@@ -376,6 +406,42 @@ def test_a_row_that_does_not_fit_goes_on_in_the_next_call():
     alone = [[Piece(0, 0, 5)], [Piece(1, 8, 10)], [Piece(1, 18, 2)], [Piece(3, 3, 3)]]
     assert cut_prefill(spans, 10, 1) == alone
     assert cut_prefill([], 10, 1) == []
+
+
+class Watched(tuple):
+    """A prompt that counts how many of its tokens are read."""
+
+    __slots__ = ()
+    read = 0
+
+    def __iter__(self) -> Iterator[int]:
+        Watched.read += len(self)
+        return super().__iter__()
+
+    def __getitem__(self, at):
+        Watched.read += len(range(len(self))[at]) if isinstance(at, slice) else 1
+        return super().__getitem__(at)
+
+
+@pytest.mark.parametrize("length", [50, 400])
+def test_a_long_prompt_is_read_once_however_many_calls_it_takes(length):
+    prompt = random_prompt(MODEL, length)
+    [seq] = Request("r", None, Watched(prompt), SamplingParams(), 4, (math.inf,) * 2, frozenset(), 0).sequences
+    calls = cut_prefill([(0, length)], 16, 1)
+    Watched.read = 0
+    found = [prefill_tokens([(seq, piece) for piece in call], 16, 1, DEPTH) for call in calls]
+    assert [token for one in found for token in one.ids.tolist()][:length] == prompt
+    assert Watched.read == length
+
+
+def test_answer_tokens_are_prefilled_with_the_blocks_that_they_ran():
+    """After a preemption, at every place where a call may begin and end."""
+    [seq] = Request("r", None, (1, 2, 3), SamplingParams(), 9, (math.inf,) * 2, frozenset(), 0).sequences
+    for token, layer in ((4, 3), (5, 1), (6, 2), (7, 3)):
+        seq.append(token, layer, None)
+    tokens, depths = [1, 2, 3, 4, 5, 6], [3, 3, 3, 1, 2, 3]
+    for start, stop in itertools.combinations(range(seq.prefill_length + 1), 2):
+        assert seq.prefill_tokens(start, stop, 3) == (tokens[start:stop], depths[start:stop])
 
 
 def test_rows_of_one_call_get_their_own_results(runner):

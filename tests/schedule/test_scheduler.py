@@ -78,7 +78,7 @@ class FakeDevice:
             assert self.memory.get(self._slot(seq, position)) == tuple(tokens[: position + 1])
 
     def _prefill(self, seq):
-        tokens, depths = seq.prefill_tokens(4)
+        tokens, depths = seq.prefill_tokens(0, seq.prefill_length, 4)
         assert len(tokens) == len(depths) == seq.prefill_length
         assert 0 <= seq.num_cached < seq.prefill_length
         self._read(seq, tokens[: seq.num_cached])
