@@ -1,4 +1,4 @@
-"""What XLA is told: flags, read once and so set when `eejax` is imported, and options of our programs. No jax here."""
+"""XLA's flags, which are read once and so set when `eejax` is imported, and options of our programs. No jax here."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ SMALL_LOOPS = "xla_cpu_small_while_loop_byte_threshold"
 
 
 def set_xla_flags(environment: MutableMapping[str, str]) -> None:
-    """Add eejax's flags to `XLA_FLAGS`; an option that is set there already stays as it is.
+    """Add eejax's flags to `XLA_FLAGS`; an option that is set there already is kept.
 
-    XLA:CPU turns loops that it takes for small into one single-threaded kernel, and it takes the vocabulary projection
-    and the KV fill-in for small, which run under loops of at most one trip, whatever they read. With a threshold of 0
-    it leaves loops alone (llama-125m, two cores, batch 1: 13.4 ms a step instead of 17.3 at full depth,
-    6.7 instead of 10.3 with exits).
+    XLA:CPU turns loops that it estimates to be small into one single-threaded kernel. The vocabulary projection and the
+    KV fill-in run in loops of at most one trip, and count as small whatever they read. With a threshold of 0 no loop
+    is changed (llama-125m, two cores, batch 1: 13.4 ms a step instead of 17.3 at full depth, 6.7 instead of 10.3 with
+    exits).
     """
     flags = environment.get("XLA_FLAGS", "")
     if SMALL_LOOPS in flags:
@@ -29,7 +29,7 @@ def set_xla_flags(environment: MutableMapping[str, str]) -> None:
 def compiler_options(backend: str) -> dict[str, str]:
     """Options that decoding and prefill are compiled with on a `backend`, as `jax.default_backend` calls it.
 
-    XLA:GPU counts a donated cache twice, and beside a large one believes memory short: it recomputes projections to
+    XLA:GPU counts a donated cache twice, so with a large one it takes memory for scarce and recomputes projections to
     save some (llama-7b with a cache of 32 GiB, compiled for an H100: those of each segment's first block twice).
     """
     return {"xla_disable_hlo_passes": "rematerialization"} if backend == "gpu" else {}

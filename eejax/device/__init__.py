@@ -17,7 +17,8 @@ from eejax.device.kv_cache import (
     slots_of,
     write,
 )
-from eejax.device.runner import Runner, use_compilation_cache
+from eejax.device.programs import use_compilation_cache
+from eejax.device.runner import Runner
 
 __all__ = [
     "PagedKVCache",

@@ -14,7 +14,7 @@ from eejax.device.sampling import SamplingRows, TokenLogprobs
 from pallas_kernels import check_page_ids
 
 MAX_DEVICE_STOP_IDS = 8
-"""Stop ids tested on the device. The host tests all of them, so more cost a few wasted steps, not correctness."""
+"""Stop ids that the device tests. The host tests all of them, so more than these cost a few steps, not correctness."""
 
 
 def rows_of(config: EngineConfig, seqs: Seq[Sequence], bucket: int) -> Rows:
@@ -42,9 +42,9 @@ def rows_of(config: EngineConfig, seqs: Seq[Sequence], bucket: int) -> Rows:
                 tau[i] = params.early_exit.threshold.tau
         horizon[i] = request.max_tokens
         keys[i] = request.seed, seq.index
-        # The likeliest token alone is left by top_k=1: greedy, with ties decided as greedy decides them.
+        # top_k=1 keeps the likeliest token only: greedy, with ties decided as greedy decides them.
         temperature[i] = 0.0 if params.top_k == 1 else params.temperature
-        top_k[i] = min(params.top_k, config.model.vocab_size)  # any integer is allowed, int32 is not any
+        top_k[i] = min(params.top_k, config.model.vocab_size)  # any integer is allowed, and the array is int32
         top_p[i], min_p[i] = params.top_p, params.min_p
         logprobs[i] = -1 if params.logprobs is None else params.logprobs
     check_page_ids(table, config.cache.num_pages)
@@ -57,7 +57,7 @@ def rows_of(config: EngineConfig, seqs: Seq[Sequence], bucket: int) -> Rows:
 
 
 def state_of(seqs: Seq[Sequence], bucket: int) -> DecodeState:
-    """Where `bucket` rows are in their answers: first those of `seqs`, then padding, which takes no part."""
+    """How far the answers of `bucket` rows are: first those of `seqs`, then padding, which is not live."""
     numbers = np.zeros((4, bucket), np.int32)
     for i, seq in enumerate(seqs):
         numbers[:, i] = seq.output_token_ids[-1], seq.num_tokens - 1, len(seq.output_token_ids), seq.remaining

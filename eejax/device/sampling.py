@@ -32,7 +32,7 @@ class SamplingRows:
 
     @property
     def needs_logits(self) -> Bool[Array, " B"]:
-        """Rows that the largest logit is not enough for."""
+        """Rows that need more than the largest logit."""
         return self.samples | (self.logprobs >= 0)
 
 
@@ -55,6 +55,10 @@ class TokenLogprobs:
         top = (*shape[:-1], MAX_LOGPROBS, shape[-1])
         return cls(jnp.zeros(shape), jnp.zeros(shape, jnp.int32), jnp.zeros(top), jnp.zeros(top, jnp.int32))
 
+    def at(self, step: int) -> Self:
+        """Those of one step of a chunk."""
+        return jax.tree.map(lambda leaf: leaf[step], self)
+
 
 def _largest_with(accept: Callable[[Array], Array], rows: int) -> Float[Array, " B"]:
     """The largest float32 `c >= 0` in each row with `accept(c)`, which must hold for 0 and be monotone.
@@ -68,7 +72,7 @@ def _largest_with(accept: Callable[[Array], Array], rows: int) -> Float[Array, "
 
     def narrow(i: Array, low: Array) -> Array:
         trial = low | (jnp.int32(1) << (30 - i))
-        # Patterns from 1.0's upward lie above every probability.
+        # Patterns above that of 1.0 exceed every probability.
         good = (trial <= jnp.int32(0x3F800000)) & accept(as_float(trial))
         return jnp.where(good, trial, low)
 

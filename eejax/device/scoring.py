@@ -1,7 +1,7 @@
-"""A given text under early exit: what the model would have chosen at every place, and where it would have left.
+"""A given text under early exit: what the model would have chosen after every token, and where it would have exited.
 
-All tokens go through a block together, as in training. A token's exits depend on lower blocks only, and what a frozen
-token shows the blocks above is known once it left, so nothing has to wait for the token before it.
+All tokens go through a block together, as in training. A token's exits depend on earlier blocks only, and its K and V
+in later blocks are known once it has exited, so no token has to wait for the one before it.
 """
 
 from __future__ import annotations
@@ -32,9 +32,8 @@ class Scores:
     """What was read at each of T tokens, on the device or the host.
 
     Attributes:
-        choices: the greedy choice for the place behind the token.
-        logprobs: natural log-probability of the token that stands there; of the last one, whose successor is unknown,
-            the choice's.
+        choices: the greedy choice for the next token.
+        logprobs: natural log-probability of the text's next token; after the last one, of the choice.
         exit_layers: blocks that the token ran.
     """
 
@@ -46,7 +45,7 @@ class Scores:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """Of each token: confidence at the exit last asked; choice and log-probability at the exit where it left."""
+    """For each token: confidence at the last exit tested; choice and log-probability at the exit it took."""
 
     confidence: Float[Array, "*T"]
     choices: Int[Array, "*T"]
@@ -61,7 +60,7 @@ def check_text(
     measure: str,
     start: int,
 ) -> tuple[float, ...]:
-    """Refuse what cannot be scored, as `Runner.score` says it. Returns one threshold per exit."""
+    """Check the arguments of `Runner.score`, and raise its errors. Returns one threshold per exit."""
     layers, count = config.exits.layers, len(token_ids)
     allowed = [name for name in MODEL_MEASURES if name != "classifier" or config.exits.probes]
     limits = (math.inf,) * len(layers) if thresholds is None else tuple(thresholds)
@@ -91,9 +90,9 @@ def score_text(
 
     Args:
         config: static; the model's shape and exits.
-        tokens: padded behind `length`, with anything.
+        tokens: `length` of them, then padding with anything.
         start: tokens before it run at full depth, as a prompt does.
-        thresholds: of the exits, the same for every token; infinite where none may leave.
+        thresholds: of the exits, the same for every token; infinite where none may exit.
         measure: index into `eejax.core.MEASURES`.
     """
     model = bind(config, params)
@@ -120,7 +119,7 @@ def score_text(
         limit: Array,
         carry: tuple[_Read, Array, Array],
     ) -> tuple[_Read, Array, Array]:
-        """Put the test of the exit after block `number` to the tokens that ask for it."""
+        """Test the exit after block `number` for the tokens that ask for it."""
         found, resolved, exit_at = carry
         features = model.features(number, x, middle, lambda own, x: run(own, x, None)[0])[:, 0]
         similar = exits.similarity(before[:, 0], x[:, 0])

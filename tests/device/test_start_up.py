@@ -19,8 +19,7 @@ from eejax.cli import terminal as command_line
 from eejax.cli.terminal import begun, status, summary
 from eejax.core import CacheConfig, EngineConfig, Stage, announce, heard
 from eejax.device import programs
-from eejax.device.programs import Compiled, ProgramFiles
-from eejax.device.runner import use_compilation_cache
+from eejax.device.programs import Compiled, ProgramFiles, use_compilation_cache
 from tests.cases import random_model
 
 PROMPT = {"prompt_token_ids": [1, 2, 3]}
@@ -73,15 +72,15 @@ def test_programs_say_where_they_come_from(tmp_path: Path) -> None:
 def test_files_are_for_what_they_were_made_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = files(tmp_path)
     found = {
-        one.path("decode", 4),
-        one.path("decode", 8),
-        one.path("prefill", 4),
-        files(tmp_path, "n").path("decode", 4),
+        one.path(("decode", 4, "")),
+        one.path(("decode", 8, "")),
+        one.path(("prefill", 4, "")),
+        files(tmp_path, "n").path(("decode", 4, "")),
     }
     monkeypatch.setenv("XLA_FLAGS", "--xla_other=1")
-    found.add(one.path("decode", 4))
+    found.add(one.path(("decode", 4, "")))
     with jax.default_matmul_precision("highest"):
-        found.add(one.path("decode", 4))
+        found.add(one.path(("decode", 4, "")))
     assert len(found) == 6
     model, params = random_model("mqa", n_layers=2)
     params = jax.tree.map(jnp.asarray, params)
@@ -123,13 +122,13 @@ def test_what_a_program_left_behind_goes_back_to_the_system(tmp_path: Path, monk
 def test_a_damaged_file_is_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     use_compilation_cache()
     of(Compiled(files(tmp_path)), lowering(1.5))
-    file = files(tmp_path).path("decode", 32)
+    file = files(tmp_path).path(("decode", 32, ""))
     for one in tmp_path.iterdir():
         one.write_bytes(one.read_bytes()[:-40])
     assert of(Compiled(files(tmp_path)), lowering(2.5))[0] == [FILE[0], *COMPILED]
     assert str(file) in caplog.text
     assert of(Compiled(files(tmp_path)), never)[0] == FILE
-    assert not list(tmp_path.glob("part-*"))
+    assert not [one for one in tmp_path.iterdir() if one.name.startswith(".")]
     blocked = tmp_path / "no folder"
     blocked.write_text("")
     assert of(Compiled(files(blocked)), lowering(3.5))[0] == COMPILED  # what cannot be written is used all the same
