@@ -39,8 +39,7 @@ from eejax.device.kv_cache import PagedKVCache
 from eejax.device.kv_fill import Tokens
 from eejax.device.sampling import TokenLogprobs
 from eejax.model import bind
-from pallas_kernels.control_flow import run_if
-from pallas_kernels.projection import Rotation
+from pallas_kernels import Rotation, run_if
 
 
 @jax.tree_util.register_dataclass

@@ -14,8 +14,7 @@ from eejax.core import COUNTERS, LOGIT_MEASURES, ModelConfig, SamplingParams
 from eejax.device.kv_cache import PagedKVCache, Slots, write
 from eejax.device.sampling import SamplingRows
 from eejax.model import EarlyExitTransformer
-from pallas_kernels import paged_attention
-from pallas_kernels.head import Best
+from pallas_kernels import Best, paged_attention
 
 WAITING_PER_ROW = 4
 """Tokens of a row whose K and V may wait at a time."""

@@ -17,9 +17,7 @@ from eejax.core import LOGIT_MEASURES, MEASURES
 from eejax.device.decode_state import ExitRows, Pass, Step
 from eejax.device.kv_cache import PagedKVCache
 from eejax.model import Block
-from pallas_kernels.control_flow import run_if
-from pallas_kernels.head import Best
-from pallas_kernels.projection import Rotation
+from pallas_kernels import Best, Rotation, run_if
 
 RANDOM_STREAM = 1
 """Sets the `random` measure's draws apart from the sampler's, which use the same per-token keys."""

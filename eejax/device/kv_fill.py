@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-import pallas_kernels as kernels
+import pallas_kernels
 from eejax.device.decode_state import WAITING_PER_ROW, Pass, Step, Waiting
 from eejax.device.kv_cache import PagedKVCache, Slots, slots_of
 from eejax.model import EarlyExitTransformer
-from pallas_kernels.control_flow import run_if
+from pallas_kernels import run_if
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ def fill(
         starts: values that it may have beside this; any when None.
     """
     blocks = [model.cached_blocks[layer].kv_projection for layer in layers]
-    k, v = kernels.kv_fill(
+    k, v = pallas_kernels.kv_fill(
         tokens.x,
         blocks,
         cache.k,

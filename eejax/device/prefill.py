@@ -26,8 +26,7 @@ from eejax.device.kv_cache import PagedKVCache, write
 from eejax.device.kv_fill import Tokens, fill
 from eejax.device.sampling import TokenLogprobs
 from eejax.model import EarlyExitTransformer, bind
-from pallas_kernels import ragged_paged_attention
-from pallas_kernels.control_flow import run_if
+from pallas_kernels import ragged_paged_attention, run_if
 
 
 @jax.tree_util.register_dataclass

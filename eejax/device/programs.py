@@ -26,8 +26,8 @@ import flax
 import jax
 from jax.experimental.serialize_executable import deserialize_and_load, serialize
 
+import pallas_kernels
 from eejax.core import EngineConfig, Stage, announce, compiler_options, log, replacing_file
-from pallas_kernels.native import library
 
 UNITS = {"prefill": "token", "decode": "row", "score": "token"}
 
@@ -37,7 +37,7 @@ type ProgramKey = tuple[str, int, str]
 
 def use_compilation_cache() -> None:
     """Keep what XLA compiles in `xla` below the cache folder, unless the process has configured a cache for JAX."""
-    base = library.cache_folder()
+    base = pallas_kernels.cache_folder()
     if base is None or jax.config.jax_compilation_cache_dir is not None:
         return
     jax.config.update("jax_compilation_cache_dir", str(base / "xla"))
@@ -122,7 +122,7 @@ class ProgramFiles:
     @classmethod
     def of(cls, config: EngineConfig, params: dict, kernels: object) -> Self | None:
         """The files of a runner; None where no files are kept, or its parameters are not all on one device."""
-        base = library.cache_folder()
+        base = pallas_kernels.cache_folder()
         leaves = jax.tree.leaves_with_path(params)
         devices = {device for _, leaf in leaves if isinstance(leaf, jax.Array) for device in leaf.devices()}
         if base is None or not jax.config.jax_enable_compilation_cache or len(devices) != 1 or jax.process_count() != 1:
@@ -139,7 +139,7 @@ class ProgramFiles:
             key[2],
             made_of or (_sources(), self.model),
             (jax.__version__, version("jaxlib"), flax.__version__, platform.python_version()),
-            (library.processor(), cores),
+            (pallas_kernels.processor(), cores),
             sorted((name, value) for name, value in os.environ.items() if name.startswith(("XLA_", "EEJAX_"))),
             (self.device, self.device.device_kind, self.device.client.platform_version),
             compiler_options(jax.default_backend()),
@@ -189,7 +189,7 @@ class ProgramFiles:
 def _sources() -> str:
     """A digest of all Python that programs are traced from."""
     digest = hashlib.sha256()
-    packages = (Path(__file__).parents[1], Path(library.__file__).parents[1])
+    packages = (Path(__file__).parents[1], Path(pallas_kernels.__file__).parent)
     for path in sorted(path for package in packages for path in package.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -36,7 +36,7 @@ from eejax.device.kernels import choose_kernels
 from eejax.device.kv_cache import init_cache
 from eejax.device.prefill import prefill
 from eejax.device.programs import Compiled, ProgramFiles, use_compilation_cache
-from pallas_kernels.native import huge_pages
+from pallas_kernels import use_huge_pages
 
 if TYPE_CHECKING:
     from eejax.device.scoring import Scores

@@ -14,7 +14,7 @@ from eejax.core.params import LOGIT_MEASURES, MEASURES
 from eejax.device import exits
 from eejax.device.decode_state import ExitRows
 from eejax.device.exits import Observation
-from pallas_kernels.head import Best
+from pallas_kernels import Best
 from tests.reference import softmax
 
 
