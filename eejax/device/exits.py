@@ -45,7 +45,7 @@ def uses(rows: ExitRows, names: Sequence[str]) -> Bool[Array, " B"]:
     return jnp.isin(rows.measure, jnp.array([i for i, name in enumerate(MEASURES) if name in names]))
 
 
-def may_leave(rows: ExitRows, exit_index: int) -> Bool[Array, " B"]:
+def may_exit(rows: ExitRows, exit_index: int) -> Bool[Array, " B"]:
     """Which rows take part in the test at an exit at all."""
     return jnp.isfinite(rows.thresholds[exit_index])
 
@@ -122,7 +122,7 @@ class ExitTest:
     def apply(self, step: Step) -> Step:
         """Test the rows that may exit here, and resolve those that pass."""
         rows = self.ctx.rows.exits
-        asks = may_leave(rows, self.index) & self.ran
+        asks = may_exit(rows, self.index) & self.ran
         with jax.named_scope("confidence"):
             if self.ctx.plan.asks.exits == "heads":
                 return run_if(jnp.any(asks), partial(self._by_head, asks), step)

@@ -78,8 +78,8 @@ def test_decaying_thresholds_stay_within_0_and_1():
 
 def test_rows_without_a_threshold_do_not_take_part():
     given = rows(3, thresholds=np.array([[np.inf, 0.0, 1.0], [0.5, np.inf, np.inf]], np.float32))
-    assert exits.may_leave(given, 0).tolist() == [False, True, True]
-    assert exits.may_leave(given, 1).tolist() == [True, False, False]
+    assert exits.may_exit(given, 0).tolist() == [False, True, True]
+    assert exits.may_exit(given, 1).tolist() == [True, False, False]
 
 
 @pytest.mark.parametrize("vocabulary", [2, 7, 500])
