@@ -122,7 +122,7 @@ def test_kernels_become_machine_code_that_stays_in_registers(name, operation, tm
 
 
 class Thunk(NamedTuple):
-    """One line of what XLA runs: `indent` tells whose body it stands in."""
+    """One line of what XLA runs: `indent` tells whose body it is in."""
 
     indent: int
     kind: str
@@ -144,7 +144,7 @@ class Chunk:
     def host_reads(self) -> int:
         """Predicates that the host waits for in a step: of loops and branches that no CUDA graph holds.
 
-        XLA knows the trips of some loops, and asks nobody. The loop over the steps counts: it is asked once a step.
+        Loops whose number of trips XLA knows are not counted. The loop over the steps counts: it is asked once a step.
         """
         around: list[Thunk] = []
         count = 0
@@ -156,7 +156,7 @@ class Chunk:
         return count - self.program.as_text().count("known_trip_count")
 
     def launches(self) -> int:
-        """Kernels and copies, each once wherever it stands."""
+        """Kernels and copies, each counted once."""
         return sum(thunk.kind not in ("kWhile", "kConditional", "kCommandBuffer") for thunk in self.thunks)
 
 

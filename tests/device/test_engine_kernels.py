@@ -75,7 +75,7 @@ def test_answers_do_not_depend_on_the_kernels(monkeypatch):
 
 # ------------------------------------------------------------------------------------- rows together, rows one by one
 
-# Three blocks, the last two with sliding windows: what is frozen behind the first shows in the third.
+# Three blocks, the last two with sliding windows: what is frozen after the first shows in the third.
 WINDOWS, WINDOWS_PARAMS = random_model("window_above", sliding_from=1)
 LONGEST, CHUNK = 96, 16
 # Shorter than a page, a chunk, longer than several; the last twice, so that both share the pages of the prompt.

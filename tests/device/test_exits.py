@@ -115,8 +115,8 @@ def test_each_row_is_judged_by_its_own_measure():
 
 def test_similarity_is_the_cosine_of_two_states():
     before = np.array([[3.0, 1.0, 0.0, 2.0], [4.0, 0.0, 0.0, 2.0]], np.float32)
-    behind = np.array([[4.0, -2.0, 0.0, 1e3], [3.0, 0.0, 0.0, 1e3]], np.float32)
-    found = np.asarray(exits.similarity(jnp.asarray(before), jnp.asarray(behind)))
+    after = np.array([[4.0, -2.0, 0.0, 1e3], [3.0, 0.0, 0.0, 1e3]], np.float32)
+    found = np.asarray(exits.similarity(jnp.asarray(before), jnp.asarray(after)))
     np.testing.assert_allclose(found, [0.96, -1.0, 0.0, 1.0], rtol=1e-6)
     rng = np.random.default_rng(0)
     states = rng.standard_normal((5, 1000)).astype(np.float32)

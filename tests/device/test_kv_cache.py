@@ -45,7 +45,7 @@ def test_slots_are_pages_and_offsets_of_positions():
 def test_slots_of_invalid_rows_lie_outside_the_cache():
     cache = init_cache(MODEL, CacheConfig(PAGES, PAGE), jnp.dtype("float32"))
     slots = slots_of(cache, jnp.asarray(TABLE), jnp.array([3, 10**6, 4]), jnp.array([False, False, True]))
-    assert slots.pages.tolist() == [PAGES, PAGES, 1]  # padding may stand at any position
+    assert slots.pages.tolist() == [PAGES, PAGES, 1]  # padding may have any position
 
 
 @pytest.mark.parametrize("layer", [0, 2])

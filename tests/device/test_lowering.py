@@ -57,7 +57,7 @@ def test_attention_reads_the_cache_where_it_is(model, options):
     blocks, _, kv_heads, dim = HEADS[model]
     one_block = PAGES * kv_heads * PAGE * dim
     lines = lowered(*HEADS[model], implementation="mosaic", **options)
-    # The kernel stands in a function of its own, which all blocks call.
+    # The kernel is in a function of its own, which all blocks call.
     assert on_the_cache(lines, one_block) == {"reshape", "@_attend_to_pieces", "mosaic_gpu_v2"}
     kernels = [line for line in lines if "custom_call" in line]
     assert len(kernels) == 1

@@ -206,7 +206,7 @@ def test_buckets_are_powers_of_two_that_cover_everything(runner):
     assert [bucket_of(n) for n in (1, 2, 3, 4, 5, 31, 33)] == [1, 2, 4, 4, 8, 32, 64]
     assert bucket_of(3, 16) == 16
     assert [batch_size(40, 32, free) for free in (False, True)] == [64, 128]  # more than there are as a rule
-    # Three sequences at the most, one row of four being padding; where that costs nothing, two are padded as well.
+    # At most three sequences, one row of four being padding; where that costs nothing, two are padded as well.
     assert runner.decode_buckets == ([1, 4] if NATIVE else [1, 2, 4])
     assert runner.prefill_buckets == [16]
 
@@ -227,7 +227,7 @@ NO_OPERATION = {"get-tuple-element", "tuple", "bitcast", "parameter", "constant"
 
 
 def most_ready(instructions: list[tuple[str, str, list[str]]]) -> int:
-    """Operations of a computation that wait to be run at the most, where they run in the order of becoming ready.
+    """The most operations of a computation that wait at a time, if they run in the order of becoming ready.
 
     Args:
         instructions: name, opcode and operands of each.
@@ -291,7 +291,7 @@ def test_nothing_is_compiled_after_warm_up(engine):
         )
         for i, options in enumerate(dict(samplings[i % 4]) for i in range(16))
     ]
-    compiled: list[str] = []  # in the whole process, by whomever, or fetched from the compilation cache
+    compiled: list[str] = []  # in the whole process, or fetched from the compilation cache
 
     def listen(event: str, _: float, **__: str | int) -> None:
         if "backend_compile" in event:
@@ -388,7 +388,7 @@ SPANS = st.lists(
 def test_prefill_is_cut_into_full_calls(spans, chunk, max_rows):
     calls = cut_prefill(spans, chunk, max_rows)
     found = [(piece.row, piece.start + i) for call in calls for piece in call for i in range(piece.length)]
-    # Every position once, a row behind another: a token's predecessors are in its call or in an earlier one.
+    # Every position once, one row after another: a token's predecessors are in its call or in an earlier one.
     assert found == [(row, position) for row, span in enumerate(spans) for position in range(*span)]
     for call in calls:
         assert len({piece.row for piece in call}) == len(call) <= max_rows
@@ -479,7 +479,7 @@ def test_row_steps_count_padding_and_a_static_batch_is_no_narrower_than_its_widt
 
 
 @pytest.mark.parametrize("n_steps", [1, 3, CHUNK])
-def test_one_row_that_always_leaves_runs_the_first_segment_only(runner, n_steps):
+def test_one_row_that_always_exits_runs_the_first_segment_only(runner, n_steps):
     result = decode(runner, sequence(runner, early_exit=always()), n_steps=n_steps)
     assert result.counts.steps == n_steps
     assert result.counts.blocks_run == n_steps * EXITS[0]
@@ -487,12 +487,12 @@ def test_one_row_that_always_leaves_runs_the_first_segment_only(runner, n_steps)
     assert result.rows[0].exit_layers == (EXITS[0],) * n_steps
 
 
-def test_a_head_that_lets_a_row_go_is_not_run_again(runner):
+def test_a_head_where_a_row_exits_is_not_run_again(runner):
     result = decode(runner, sequence(runner, early_exit=always("softmax")), n_steps=5)
     assert (result.counts.steps, result.counts.blocks_run, result.counts.heads_run) == (5, 5 * EXITS[0], 5)
 
 
-def test_heads_that_let_nobody_go_are_run_beside_the_last(runner):
+def test_heads_where_no_row_exits_are_run_besides_the_last(runner):
     result = decode(runner, sequence(runner, early_exit=NEVER), n_steps=5)
     assert (result.counts.steps, result.counts.blocks_run, result.counts.heads_run) == (
         5,
@@ -526,7 +526,7 @@ def test_a_step_runs_as_deep_as_its_deepest_row(runner, other, blocks):
 
 
 def test_finished_rows_no_longer_count(runner):
-    """Once the deep row has spent its budget of two, steps are as shallow as the row that is left."""
+    """Once the deep row has spent its budget of two, steps are as shallow as the row still running."""
     seqs = sequence(runner, 0, early_exit=always()), sequence(runner, 1, max_tokens=3)
     result = decode(runner, *seqs, n_steps=6)
     assert [len(row.token_ids) for row in result.rows] == [6, 2]
@@ -537,21 +537,21 @@ def test_finished_rows_no_longer_count(runner):
 
 
 def test_compaction_computes_the_rows_that_go_on(runner, plain):
-    leaves = [sequence(runner, place, early_exit=always()) for place in (0, 1)]
+    early = [sequence(runner, place, early_exit=always()) for place in (0, 1)]
     stays = sequence(runner, 2)
-    compact = decode(runner, *leaves, stays, n_steps=4)
+    compact = decode(runner, *early, stays, n_steps=4)
     assert (compact.counts.blocks_run, compact.counts.row_steps) == (4 * DEPTH, 4 * 4)
     # Three of four rows are live, one of them goes on; all three need a head.
     assert compact.counts.row_blocks == 4 * (EXITS[0] * 3 + (DEPTH - EXITS[0]) * 1)
     assert (compact.counts.heads_run, compact.counts.row_heads, compact.counts.fills) == (4, 4 * 3, 0)
-    leaves = [sequence(plain, place, early_exit=always()) for place in (0, 1)]
-    everything = decode(plain, *leaves, sequence(plain, 2), n_steps=4)
+    early = [sequence(plain, place, early_exit=always()) for place in (0, 1)]
+    everything = decode(plain, *early, sequence(plain, 2), n_steps=4)
     assert everything.counts.row_blocks == 4 * DEPTH * 4
     assert [row.token_ids for row in everything.rows] == [row.token_ids for row in compact.rows]
 
 
 def test_heads_are_asked_for_the_rows_that_came_to_them(runner):
-    """Two rows leave first; the third asks the second exit's head and then the last one's, alone."""
+    """Two rows exit first; the third asks the second exit's head and then the last one's, alone."""
     rows = [sequence(runner, place, early_exit=always("softmax")) for place in (0, 1)]
     result = decode(runner, *rows, sequence(runner, 2, early_exit=NEVER), n_steps=2)
     assert (result.counts.heads_run, result.counts.row_heads) == (2 * 3, 2 * (3 + 1 + 1))
@@ -626,7 +626,7 @@ def test_held_rows_let_the_others_go_on(runner):
     plain = decode(runner, *rows(), n_steps=6)
     held = decode(runner, *rows(), n_steps=6, hold=2)
     assert [len(row.token_ids) for row in plain.rows] == [6, 6, 6]
-    # The deep row stands at the exit for two passes, then goes on in the next; in the last pass nobody is held.
+    # The deep row is held at the exit for two passes and goes on in the next; in the last pass no row is held.
     assert [len(row.token_ids) for row in held.rows] == [6, 6, 2]
     assert held.rows[2].token_ids == plain.rows[2].token_ids[:2]
     assert [row.token_ids for row in held.rows[:2]] == [row.token_ids for row in plain.rows[:2]]
@@ -647,11 +647,11 @@ def test_budgets_end_rows_inside_a_chunk(runner):
     alone = [decode(runner, sequence(runner, place, max_tokens=20)).rows[0].token_ids for place in (0, 1)]
     result = decode(runner, *seqs)
     assert [row.token_ids for row in result.rows] == [alone[0][:3], alone[1][:5]]
-    assert result.counts.steps == 5  # of 8: nobody is left
+    assert result.counts.steps == 5  # of 8: no row is left
 
 
 @pytest.mark.parametrize(("yield_on_free", "steps"), [(True, 3), (False, 5)])
-def test_a_freed_slot_ends_the_chunk_if_somebody_waits(runner, yield_on_free, steps):
+def test_a_freed_slot_ends_the_chunk_if_a_request_waits(runner, yield_on_free, steps):
     seqs = sequence(runner, 0, max_tokens=4), sequence(runner, 1, max_tokens=6)
     result = decode(runner, *seqs, yield_on_free=yield_on_free)
     assert result.counts.steps == steps

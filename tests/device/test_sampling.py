@@ -40,7 +40,7 @@ def keys(*seeds: int) -> jax.Array:
 
 
 def kept_by_sorting(probs, top_k: int, top_p: float, min_p: float) -> np.ndarray:
-    """Top-k, then top-p of what is left, then min-p, for one row; whoever ties with the last one kept stays."""
+    """Top-k, then top-p of what is left, then min-p, for one row; tokens tied with the last one kept stay."""
     border = np.sort(probs)[::-1][min(top_k, len(probs)) - 1] if top_k > 0 else 0.0
     left = np.where(probs >= border, probs, 0.0)
     if top_p < 1:

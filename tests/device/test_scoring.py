@@ -29,7 +29,7 @@ def model_and_runner(shape: str, **overrides):
     [("deep", "softmax"), ("mlp_own", "margin"), ("everything_else", "softmax"), ("window_above", "margin")],
 )
 def test_an_answer_is_scored_as_it_was_decoded(shape, measure):
-    """Blocks, MLPs and windows of exits' own included: every token leaves where it left, and is chosen again."""
+    """Blocks, MLPs and windows of exits' own included: every token exits where it exited, and is chosen again."""
     config, params, runner = model_and_runner(shape)
     for name, early_exit, want in exit_settings(config, params, measure):
         if name == "decaying":
@@ -46,7 +46,7 @@ def test_an_answer_is_scored_as_it_was_decoded(shape, measure):
 
 @pytest.mark.parametrize("shape", ["gqa", "block_own"])
 def test_a_text_that_the_model_did_not_write(shape):
-    """The reference is told where tokens left, since the text is not its own; it then gives what was read there."""
+    """The reference is told where tokens exited, since the text is not its own; it then gives what was read there."""
     config, params, runner = model_and_runner(shape)
     text, start = random_prompt(config, 40, 3), 12
     scores = runner.score(text, (0.35,) * len(config.exits.layers), "softmax", start)
@@ -66,7 +66,7 @@ def expect_read(scores, logits, text, start):
 
 
 def test_without_thresholds_everything_runs_at_full_depth():
-    """More tokens than are read at a time, none of them at an exit; what stands behind the text has no part in it."""
+    """More tokens than are read at a time, none of them at an exit; what follows the text has no part in it."""
     config, params, runner = model_and_runner("window")
     text = random_prompt(config, 140, 5)
     scores = runner.score(text)
@@ -80,18 +80,18 @@ def test_without_thresholds_everything_runs_at_full_depth():
 
 @pytest.mark.parametrize("measure", ["similarity", "classifier"])
 def test_measures_that_ask_no_head(measure):
-    """Half the tokens that come to the first exit leave there, by a confidence written out here again."""
+    """Half the tokens that come to the first exit take it, by a confidence written out here again."""
     config, params, runner = model_and_runner("mqa", exits=ExitConfig((1,), probes=True))
     text = random_prompt(config, 16, 9)
     states = Reference(config, params)
     states.full_depth(text)
-    before, behind = states.entering[0], states.entering[1]
+    before, after = states.entering[0], states.entering[1]
     if measure == "similarity":
-        norms = np.linalg.norm(before, axis=1) * np.linalg.norm(behind, axis=1)
-        confidence = np.sum(before * behind, axis=1) / norms
+        norms = np.linalg.norm(before, axis=1) * np.linalg.norm(after, axis=1)
+        confidence = np.sum(before * after, axis=1) / norms
     else:
         head = states.params["exits"]["after_1"]
-        normed = behind / np.sqrt(np.mean(behind**2, axis=1, keepdims=True) + config.norm_eps) * states.params["norm"]
+        normed = after / np.sqrt(np.mean(after**2, axis=1, keepdims=True) + config.norm_eps) * states.params["norm"]
         confidence = 1 / (1 + np.exp(-(normed @ head["probe_weight"] + head["probe_bias"])))
     ordered = np.sort(confidence)
     middle = (ordered[7] + ordered[8]) / 2

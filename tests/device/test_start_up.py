@@ -108,7 +108,7 @@ def test_a_program_is_for_the_shapes_of_arguments_that_it_does_not_read(tmp_path
     program(jnp.zeros((2, 4)), jnp.zeros(3))
 
 
-def test_what_a_program_left_behind_goes_back_to_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unused_memory_goes_back_to_the_system_after_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trims: list[int] = []
     monkeypatch.setattr(programs, "_malloc_trim", lambda: trims.append)
     compiled = Compiled(files(tmp_path))

@@ -66,7 +66,7 @@ BATCHES = {
 
 
 def test_every_variant_yields_the_tokens_of_the_whole_program(monkeypatch):
-    """In the form of branches that GPUs get, with rows that leave at different depths."""
+    """In the form of branches that GPUs get, with rows that exit at different depths."""
     batches = [[replace(GREEDY, **change) for change in changes] for changes in BATCHES.values()]
     whole = engine(compaction="never")
     expected = [answers(whole, *batch) for batch in batches]
@@ -79,7 +79,7 @@ def test_every_variant_yields_the_tokens_of_the_whole_program(monkeypatch):
         assert answers(special, *batch) == known, name
         assert ("decode", 2, name) in special.runner._compiled.programs
     layers = [layer for batch in expected for _, layers, _ in batch for layer in layers]
-    assert set(layers) == {1, 2}, "some rows leave, and some do not"
+    assert set(layers) == {1, 2}, "some rows exit, and some do not"
 
 
 def test_warming_up_compiles_every_variant_of_every_bucket(monkeypatch):
