@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from eejax.core import MEASURES, DecayingThreshold, EngineConfig, Logprob, Piece, Sequence
-from eejax.device.decode_state import DecodeState, ExitRows, Rows
+from eejax.device.decode_state import ChunkLimits, DecodeState, ExitRows, Rows
 from eejax.device.prefill import PrefillTokens
 from eejax.device.sampling import SamplingRows, TokenLogprobs
 from pallas_kernels import check_page_ids
@@ -64,6 +64,11 @@ def state_of(seqs: Seq[Sequence], bucket: int) -> DecodeState:
     return DecodeState(_host(numbers), live=_host(np.arange(bucket) < len(seqs)))
 
 
+def limits_of(n_steps: int = 1, hold: int = 1, yield_on_free: bool = False) -> ChunkLimits:
+    """A chunk's limits as scalars of their dtypes."""
+    return ChunkLimits(*map(_host, (np.int32(n_steps), np.int32(hold), np.bool_(yield_on_free))))
+
+
 def prefill_tokens(pieces: Seq[tuple[Sequence, Piece]], bucket: int, max_rows: int, n_layers: int) -> PrefillTokens:
     """The tokens of some pieces, at most `bucket`; padding follows, and rows up to `max_rows` or `bucket`."""
     count = min(max_rows, bucket)
@@ -81,7 +86,7 @@ def prefill_tokens(pieces: Seq[tuple[Sequence, Piece]], bucket: int, max_rows: i
     return PrefillTokens(*map(_host, (ids, rows, positions, depths, last, wants_token)))
 
 
-def _host(array: np.ndarray) -> Any:
+def _host(array: np.ndarray | np.generic) -> Any:
     """A host array where a device array is expected: it travels with the call."""
     return array
 

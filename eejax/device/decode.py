@@ -33,29 +33,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from eejax.core import ModelConfig
 from eejax.device import kv_fill, sampling
-from eejax.device.decode_state import DecodeState, Pass, Plan, Rows, Step
+from eejax.device.decode_state import ChunkLimits, DecodeState, Pass, Plan, Rows, Step
 from eejax.device.exits import ExitTest, token_keys
 from eejax.device.kv_cache import PagedKVCache
 from eejax.device.kv_fill import Tokens
 from eejax.device.sampling import TokenLogprobs
 from eejax.model import bind
 from pallas_kernels import Rotation, run_if
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, slots=True)
-class ChunkLimits:
-    """How far a chunk goes.
-
-    Attributes:
-        n_steps: passes at most.
-        hold: rows that are gathered before a segment, see `run_pass`; 1 gives every row a token in every pass.
-        yield_on_free: end the chunk as soon as a row stops.
-    """
-
-    n_steps: Int[Array, ""]
-    hold: Int[Array, ""]
-    yield_on_free: Bool[Array, ""]
 
 
 @jax.tree_util.register_dataclass

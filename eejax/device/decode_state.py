@@ -60,6 +60,22 @@ class Rows:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
+class ChunkLimits:
+    """How far a chunk goes.
+
+    Attributes:
+        n_steps: passes at most.
+        hold: rows that are gathered before a segment, see `decode.run_pass`; 1 gives every row a token in every pass.
+        yield_on_free: end the chunk as soon as a row stops.
+    """
+
+    n_steps: Int[Array, ""]
+    hold: Int[Array, ""]
+    yield_on_free: Bool[Array, ""]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
 class DecodeState:
     """How far each row's answer is.
 

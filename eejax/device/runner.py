@@ -29,8 +29,8 @@ from eejax.core import (
     bucket_of,
     cut_prefill,
 )
-from eejax.device.batch_arrays import logprobs_of, prefill_tokens, rows_of, state_of
-from eejax.device.decode import ChunkLimits, decode_chunk
+from eejax.device.batch_arrays import limits_of, logprobs_of, prefill_tokens, rows_of, state_of
+from eejax.device.decode import decode_chunk
 from eejax.device.decode_state import ANYTHING, Asks, Plan
 from eejax.device.kernels import choose_kernels
 from eejax.device.kv_cache import init_cache
@@ -151,8 +151,7 @@ class Runner:
             plan = Plan(self.compacts, asks.exits != "none" and self._defers(bucket), asks)
             chunk = functools.partial(decode_chunk, self.config.model, self.config.scheduler.max_chunk_steps, plan)
             rows, state = rows_of(self.config, (), bucket), state_of((), bucket)
-            limits = ChunkLimits(np.int32(1), np.int32(1), np.bool_(False))
-            return jax.jit(chunk, donate_argnums=1).lower(self.params, self.cache, rows, state, limits)
+            return jax.jit(chunk, donate_argnums=1).lower(self.params, self.cache, rows, state, limits_of())
 
         return self._compiled.get("decode", bucket, lower, str(asks) if len(variants) > 1 else "")
 
@@ -202,7 +201,7 @@ class Runner:
         count, height = len(batch.rows), self.config.scheduler.max_chunk_steps
         bucket = self.decode_bucket(max(count, batch.width))
         params = [seq.request.params for seq in batch.rows]
-        limits = ChunkLimits(np.int32(batch.n_steps), np.int32(batch.hold), np.bool_(batch.yield_on_free))
+        limits = limits_of(batch.n_steps, batch.hold, batch.yield_on_free)
         rows, state = rows_of(self.config, batch.rows, bucket), state_of(batch.rows, bucket)
         self.cache, out = self.decode_program(bucket, Asks.of(params))(self.params, self.cache, rows, state, limits)
         packed = np.asarray(out.packed)

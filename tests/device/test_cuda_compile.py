@@ -28,8 +28,8 @@ import pallas_kernels
 from bench.shapes import SHAPES
 from eejax.core import CacheConfig, EngineConfig, ExitConfig, ModelConfig
 from eejax.core.xla_flags import compiler_options
-from eejax.device.batch_arrays import rows_of, state_of
-from eejax.device.decode import ChunkLimits, decode_chunk
+from eejax.device.batch_arrays import limits_of, rows_of, state_of
+from eejax.device.decode import decode_chunk
 from eejax.device.decode_state import Asks, Plan
 from eejax.device.kv_cache import init_cache
 from eejax.model.transformer import param_shapes
@@ -167,8 +167,7 @@ def decode_of(model: ModelConfig, rows: int, fill: str, asks: Asks):
     cache = jax.eval_shape(lambda: init_cache(model, config.cache, BFLOAT16))
     plan = Plan(False, fill == "deferred", asks)
     chunk = functools.partial(decode_chunk, model, 4, plan)
-    limits = ChunkLimits(np.int32(1), np.int32(1), np.bool_(False))
-    return chunk, (params, cache, rows_of(config, (), rows), state_of((), rows), limits), cache
+    return chunk, (params, cache, rows_of(config, (), rows), state_of((), rows), limits_of()), cache
 
 
 @functools.cache
