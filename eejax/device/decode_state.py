@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Literal, Self, get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -160,7 +160,7 @@ class Step:
     counts: Int[Array, " 7"]
 
     @classmethod
-    def start(cls, ctx: Pass, cache: PagedKVCache) -> Self:
+    def start(cls, ctx: Pass, cache: PagedKVCache) -> Step:
         """No row has begun."""
         config, dtype, count = ctx.model.config, ctx.model.embedding[...].dtype, ctx.state.live.shape[0]
         size, done, shape = config.hidden_size, len(config.segments), (WAITING_PER_ROW, count)

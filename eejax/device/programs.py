@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Self
 
 import flax
 import jax
@@ -120,7 +119,7 @@ class ProgramFiles:
     device: jax.Device  # pyright: ignore[reportInvalidTypeForm]
 
     @classmethod
-    def of(cls, config: EngineConfig, params: dict, kernels: object) -> Self | None:
+    def of(cls, config: EngineConfig, params: dict, kernels: object) -> ProgramFiles | None:
         """The files of a runner; None where no files are kept, or its parameters are not all on one device."""
         base = pallas_kernels.cache_folder()
         leaves = jax.tree.leaves_with_path(params)

@@ -214,7 +214,9 @@ class Runner:
             ids, top = tuple(tokens[used, row].tolist()), params[row].logprobs
             logprobs: tuple[dict[int, Logprob], ...] = ()
             if report is not None and top is not None:
-                logprobs = tuple(logprobs_of(report.at(i), token, row, top) for i, token in zip(used, ids, strict=True))
+                logprobs = tuple(
+                    logprobs_of(report.at(int(i)), token, row, top) for i, token in zip(used, ids, strict=True)
+                )
             results.append(RowResult(ids, tuple(depths[used, row].tolist()), logprobs))
         return StepResult(tuple(results), counts)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -50,12 +49,12 @@ class TokenLogprobs:
     top_ids: Int[Array, "... R B"]
 
     @classmethod
-    def zeros(cls, *shape: int) -> Self:
+    def zeros(cls, *shape: int) -> TokenLogprobs:
         """Of rows that did not ask, `shape` being that of `chosen`."""
         top = (*shape[:-1], MAX_LOGPROBS, shape[-1])
         return cls(jnp.zeros(shape), jnp.zeros(shape, jnp.int32), jnp.zeros(top), jnp.zeros(top, jnp.int32))
 
-    def at(self, step: int) -> Self:
+    def at(self, step: int) -> TokenLogprobs:
         """Those of one step of a chunk."""
         return jax.tree.map(lambda leaf: leaf[step], self)
 
