@@ -18,11 +18,10 @@ from jaxtyping import Array, Bool, Int
 from eejax.core import MAX_LOGPROBS, ModelConfig
 from eejax.device import exits, sampling
 from eejax.device.decode_state import DecodeState, Plan, Rows, Step, begin
-from eejax.device.kv_cache import PagedKVCache
 from eejax.device.sampling import TokenLogprobs
 from eejax.device.step import finish, run_pass
 from eejax.model import bind
-from pallas_kernels import run_if
+from pallas_kernels import PagedKVCache, run_if
 
 
 @jax.tree_util.register_dataclass

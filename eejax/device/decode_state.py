@@ -13,11 +13,10 @@ from jaxtyping import Array, Bool, Float, Int
 from eejax.core import COUNTERS, LOGIT_MEASURES, ModelConfig, SamplingParams
 from eejax.device import kv_fill
 from eejax.device.exits import ExitRows
-from eejax.device.kv_cache import PagedKVCache
 from eejax.device.kv_fill import Waiting
 from eejax.device.sampling import SamplingRows
 from eejax.model import EarlyExitTransformer
-from pallas_kernels import Best
+from pallas_kernels import Best, PagedKVCache
 
 
 @jax.tree_util.register_dataclass

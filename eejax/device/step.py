@@ -22,10 +22,9 @@ from jaxtyping import Array, Bool, Float, Int
 from eejax.core import LOGIT_MEASURES
 from eejax.device import exits, kv_fill
 from eejax.device.decode_state import DecodeState, Plan, Rows, Step
-from eejax.device.kv_cache import PagedKVCache, write
 from eejax.device.kv_fill import Tokens
 from eejax.model import Block, EarlyExitTransformer
-from pallas_kernels import Rotation, paged_attention, run_if
+from pallas_kernels import PagedKVCache, Rotation, paged_attention, run_if, write
 
 
 def run_pass(
@@ -236,9 +235,7 @@ def _attention(
     """What one query per active row finds in cached block `layer`, up to its own position."""
     window = model.config.window_of(layer)
     q = jnp.moveaxis(q, -1, 0)
-    o = paged_attention(
-        q, cache.k, cache.v, page_table, positions + 1, layer=layer, active=active, sliding_window=window
-    )
+    o = paged_attention(q, cache, page_table, positions + 1, layer=layer, active=active, sliding_window=window)
     return jnp.moveaxis(o, 0, -1)
 
 
