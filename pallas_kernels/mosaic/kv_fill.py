@@ -3,7 +3,7 @@
 What bounds it is reading the weights, so everything is arranged around them. The work is cut into items: the rows of
 one block's `wkv` that make the K or the V of one head, times up to 64 or 128 tokens. They are counted from the first
 block that some token needs, since a token needs all blocks above its exit: blocks that nobody needs are no work. One
-thread block stands on every multiprocessor, and the items are dealt out to them. In each, one warpgroup brings weights
+thread block runs on every multiprocessor, and the items are dealt out to them. In each, one warpgroup brings weights
 and normalised states into a ring of shared memory by TMA, ahead of the product and across the ends of items; the
 others, one for 64 tokens each, multiply (WGMMA, float32 sums) and write what comes out, biased, normed and rotated,
 straight into the pages, token by token. XLA prepares what is small: normalised states, the rotary embedding's cosines
@@ -48,7 +48,7 @@ SHARED_BYTES = 222 * 1024
 """Shared memory for tiles: a thread block has 227 KiB, and barriers and alignment want some of it."""
 
 MAX_STAGES = 12
-"""Steps that are in flight at most: more bytes than memory needs to keep busy help nobody."""
+"""Steps in flight at most: more bytes than it takes to keep the memory busy do not help."""
 
 
 def refusal(x: Float[Shaped, "D N"], blocks: Sequence[KVProjection], k_pages: Float[Shaped, "L P K S C"]) -> str | None:
@@ -131,17 +131,17 @@ class _Tiling:
 
     @property
     def items(self) -> int:
-        """Of a block."""
+        """Items of work of a block."""
         return 2 * self.kv_heads * self.tiles
 
     @property
     def rows(self) -> int:
-        """Rows of states that are fetched for a tile. The other rows of the product are rubbish that nobody writes."""
+        """Rows of states fetched for a tile. Other rows of the product may be anything, and are not written."""
         return self.tile if self.tiles > 1 else -(-self.count // 8) * 8
 
     @property
     def out_columns(self) -> int:
-        """Of the rows that the pages are written from, which TMA wants aligned to 128 bytes."""
+        """Columns of the rows that the pages are written from, which TMA wants aligned to 128 bytes."""
         return -(-self.dim // 64) * 64
 
     @property
@@ -257,7 +257,7 @@ def _kernel(
 
             lax.switch(block, [functools.partial(fetch, weights_ref) for weights_ref in weights_refs])
 
-        # No GPU needs this, but jax 0.11's interpreter wants every arrival awaited.
+        # GPUs do not need this, but jax 0.11's interpreter wants every arrival awaited.
         @pl.loop(jnp.maximum(turns * steps - stages, 0), turns * steps)
         def _rest(done: Array) -> None:
             plgpu.barrier_wait(free.at[lax.rem(done, stages)])
@@ -333,7 +333,7 @@ def _kernel(
 
 
 def _store(ref, x: Array) -> None:
-    """Into plain rows of shared memory, which conflict in its banks: once an item is too seldom to matter."""
+    """Into plain rows of shared memory, which conflict in its banks: once an item, which is too seldom to matter."""
     if hasattr(plgpu, "store"):  # jax 0.12, which refuses to do so unless told
         plgpu.store(ref, x, optimized=False)
     else:

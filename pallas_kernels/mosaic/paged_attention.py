@@ -124,7 +124,7 @@ def _over(numbers: Int[Array, " B"], divisor: int) -> Int[Array, " B"]:
 
 
 def _work(pieces: Int[Array, " B"], most_pieces: int) -> tuple[Int[Array, " W"], Int[Array, " 1"]]:
-    """The pieces of all rows, each as `row * most_pieces + piece`, and how many there are; behind them anything."""
+    """The pieces of all rows, each as `row * most_pieces + piece`, and how many there are; after them anything."""
     ends = jnp.cumsum(pieces)
     place = jnp.arange(len(pieces) * most_pieces)
     before = ends <= place[:, None]  # [W B]: rows all of whose pieces are listed before this place
@@ -214,7 +214,7 @@ def _attend_to_pieces(
             tiles = jnp.minimum(piece_tiles, lax.div(end + (TILE - 1), TILE) - first)  # at least 1
 
             def page_of(tile: Array | int) -> Array:
-                """Entries behind those of the piece are not looked at."""
+                """Entries after those of the piece are not read."""
                 entry = table_ref[row, lax.div(first + jnp.minimum(tile, tiles - 1), page_tiles)]
                 return first_page_ref[0] + entry * kv_heads + head
 
@@ -251,7 +251,7 @@ def _attend_to_pieces(
 
                 plgpu.barrier_wait(v_ready.at[slot])
 
-                # What nobody may see can hold anything, even NaN, and 0 * NaN is NaN: zero the values as well.
+                # Unseen slots can hold anything, even NaN, and 0 * NaN is NaN: zero the values as well.
                 @pl.when((start < begin) | (start + TILE > end))
                 def _() -> None:
                     values = plgpu.load(v_smem.at[slot], layout=plgpu.Layout.WGMMA)
