@@ -18,15 +18,17 @@ from pallas_kernels.control_flow import branch_form, run_if
 from pallas_kernels.disk_cache import cache_folder, processor
 from pallas_kernels.implementation import Implementation, cuda_version, device_refusal, resolve
 from pallas_kernels.native.huge_pages import use_huge_pages
-from pallas_kernels.pages import Slots, slots_of, write
+from pallas_kernels.pages import PagedKVCache, Slots, slots_of, write
 from pallas_kernels.products import Best, Norm, head, linear, rms_norm
-from pallas_kernels.projection import KVProjection, Rotation, finish_keys_values, rope, rotation
+from pallas_kernels.projection import ExitedTokens, KVProjection, Rotation, finish_keys_values, rope, rotation
 
 __all__ = [
     "Best",
+    "ExitedTokens",
     "Implementation",
     "KVProjection",
     "Norm",
+    "PagedKVCache",
     "Rotation",
     "Slots",
     "branch_form",

@@ -1,4 +1,4 @@
-"""The one door to attention over the paged cache and to KV fill-in: checks arguments and picks the implementation.
+"""The door to attention over the paged cache and to KV fill-in: checks arguments and picks the implementation.
 
 Shapes use the alphabet of `eejax.model`: B rows, T tokens of a row, N tokens of any rows, D hidden size, H query heads,
 K key/value heads, C head dimension, L blocks, P pages, S slots of a page; M is the width of a page table.
@@ -18,31 +18,29 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels import reference
 from pallas_kernels.implementation import Implementation, Refusals, Shaped, resolve
 from pallas_kernels.native import ops as native
-from pallas_kernels.projection import KVProjection
+from pallas_kernels.pages import PagedKVCache
+from pallas_kernels.projection import ExitedTokens, KVProjection
 
 
 def paged_attention(
     q: Float[Array, "B H C"],
-    k_pages: Float[Array, "L P K S C"],
-    v_pages: Float[Array, "L P K S C"],
+    cache: PagedKVCache,
     page_table: Int[Array, "B M"],
     lengths: Int[Array, " B"],
     *,
     layer: int,
     active: Bool[Array, " B"] | None = None,
-    scale: float | None = None,
     sliding_window: int | None = None,
     implementation: Implementation = "auto",
 ) -> Float[Array, "B H C"]:
     """Attention of one query per row over the first `lengths` tokens of the row's pages.
 
     A row of length 0 reads nothing and yields zeros. Slots that a row does not see may hold anything, and entries of
-    `page_table` behind its length any id.
+    `page_table` after its length any id.
 
     Args:
         layer: which block's pages to read.
         active: rows that take part, all when None; the others count as rows of length 0.
-        scale: factor of the scores, `C ** -0.5` when not given.
         sliding_window: see only this many of those tokens, the last ones (Mistral, arXiv 2310.06825); all when None.
             Pages that no row sees any more are not visited.
 
@@ -50,7 +48,7 @@ def paged_attention(
         ValueError: shapes or dtypes do not fit together, or `sliding_window` is below 1: the message names the
             argument. Or `implementation` is unknown, or refuses these arguments: the message says why.
     """
-    _check(q, 3, k_pages, v_pages, page_table, lengths, layer, sliding_window)
+    _check(q, cache, page_table, lengths, layer, sliding_window)
     rows = q.shape[:1]
     if lengths.shape != rows:
         raise ValueError(f"lengths must be {list(rows)}, one per row of q, got {list(lengths.shape)}")
@@ -58,15 +56,15 @@ def paged_attention(
         if active.shape != rows or active.dtype != bool:
             raise ValueError(f"active must be bool{list(rows)}, got {active.dtype}{list(active.shape)}")
         lengths = jnp.where(active, lengths, jnp.zeros((), lengths.dtype))
-    options = {"layer": layer, "scale": scale, "sliding_window": sliding_window}
-    chosen = resolve(implementation, paged_attention_refusals(q, k_pages))
+    options = {"layer": layer, "sliding_window": sliding_window}
+    chosen = resolve(implementation, paged_attention_refusals(q, cache.k))
     if chosen == "mosaic":
         from pallas_kernels.mosaic import paged_attention as mosaic
 
-        return mosaic.paged_attention(q, k_pages, v_pages, page_table, lengths, **options)
+        return mosaic.paged_attention(q, cache, page_table, lengths, **options)
     if chosen == "native":
-        return native.attention(q, k_pages, v_pages, page_table, None, lengths - 1, **options)
-    return reference.paged_attention(q, k_pages, v_pages, page_table, lengths, **options)
+        return native.attention(q, cache.k, cache.v, page_table, None, lengths - 1, **options)
+    return reference.paged_attention(q, cache, page_table, lengths, **options)
 
 
 def paged_attention_refusals(q: Float[Shaped, "B H C"], k_pages: Float[Shaped, "L P K S C"]) -> Refusals:
@@ -82,14 +80,12 @@ def paged_attention_refusals(q: Float[Shaped, "B H C"], k_pages: Float[Shaped, "
 
 def ragged_paged_attention(
     q: Float[Array, "N H C"],
-    k_pages: Float[Array, "L P K S C"],
-    v_pages: Float[Array, "L P K S C"],
+    cache: PagedKVCache,
     page_table: Int[Array, "R M"],
     rows: Int[Array, " N"],
     positions: Int[Array, " N"],
     *,
     layer: int,
-    scale: float | None = None,
     sliding_window: int | None = None,
     implementation: Implementation = "auto",
 ) -> Float[Array, "N H C"]:
@@ -99,70 +95,63 @@ def ragged_paged_attention(
     gathering the pages of every token by itself for several.
 
     Args:
-        rows: each token's row of the page table; fastest where tokens of a row lie together.
-        scale, sliding_window: as in `paged_attention`: a token at position p sees `p - sliding_window < s <= p`.
+        rows: each token's row of the page table; fastest where tokens of a row are neighbours.
+        sliding_window: as in `paged_attention`: a token at position p sees `p - sliding_window < s <= p`.
 
     Raises:
         ValueError: as `paged_attention`.
     """
-    _check(q, 3, k_pages, v_pages, page_table, positions, layer, sliding_window, per_row=False)
+    _check(q, cache, page_table, positions, layer, sliding_window, per_row=False)
     _check_integers(rows=rows)
     for name, array in (("rows", rows), ("positions", positions)):
         if array.shape != q.shape[:1]:
             raise ValueError(f"{name} must be {list(q.shape[:1])}, one per token of q, got {list(array.shape)}")
-    options = {"layer": layer, "scale": scale, "sliding_window": sliding_window}
-    arguments = (q, k_pages, v_pages, page_table, rows, positions)
-    if resolve(implementation, {"native": lambda: native.attention_refusal(q, k_pages)}) == "native":
-        return native.attention(*arguments, **options)
-    return reference.ragged_paged_attention(*arguments, **options)
+    options = {"layer": layer, "sliding_window": sliding_window}
+    if resolve(implementation, {"native": lambda: native.attention_refusal(q, cache.k)}) == "native":
+        return native.attention(q, cache.k, cache.v, page_table, rows, positions, **options)
+    return reference.ragged_paged_attention(q, cache, page_table, rows, positions, **options)
 
 
 def kv_fill(
-    x: Float[Array, "D N"],
+    tokens: ExitedTokens,
     blocks: Sequence[KVProjection],
-    k_pages: Float[Array, "L P K S C"],
-    v_pages: Float[Array, "L P K S C"],
-    page_table: Int[Array, "N M"],
-    positions: Int[Array, " N"],
-    from_block: Int[Array, " N"],
+    cache: PagedKVCache,
     *,
     layers: Sequence[int],
-    freq: Float[Array, " C/2"],
+    freq: Float[Array, " C2"],
     starts: Sequence[int] | None = None,
     implementation: Implementation = "auto",
-) -> tuple[Float[Array, "L P K S C"], Float[Array, "L P K S C"]]:
+) -> PagedKVCache:
     """Write the K and V that tokens have in blocks they did not run (CALM, arXiv 2207.07061, sec. 3.1).
 
     Token n's state `x[:, n]` goes through norm, projection and rotary embedding of every block from
     `blocks[from_block[n]]` on, and the result into slot `positions[n] % S` of page `page_table[n, positions[n] // S]`.
-    A token whose `from_block` is `len(blocks)` is not written at all, and may stand anywhere. Weights of a block that
-    no token needs are not read. Several tokens may belong to one row; no two that are written may share a slot.
+    Weights of a block that no token needs are not read. No two tokens that are written may share a slot.
 
     Args:
-        k_pages, v_pages: donate them: they are updated in place then.
+        cache: donate it: it is updated in place then.
         layers: the cached block that each of `blocks` writes.
         freq: angular frequencies of the rotary embedding, radians per position.
-        starts: what `from_block` may be beside `len(blocks)`, ascending from 0; anything when None. Fewer make a
+        starts: values that `from_block` may have besides `len(blocks)`, ascending from 0; any when None. Fewer make a
             smaller program.
 
     Returns:
-        `k_pages` and `v_pages`; what is not written is as it was, to the bit.
+        The cache; what is not written is as it was, to the bit.
 
     Raises:
         ValueError: shapes or dtypes do not fit together: the message names the argument. Or `implementation` is
             unknown, or refuses these arguments: the message says why.
     """
-    _check_pages(k_pages, v_pages)
+    _check_pages(cache)
     starts = range(len(blocks)) if starts is None else starts
-    _check_fill(x, blocks, k_pages, page_table, positions, from_block, layers, freq, starts)
+    _check_fill(tokens, blocks, cache, layers, freq, starts)
     if not blocks:
-        return k_pages, v_pages
-    arguments = (x, blocks, k_pages, v_pages, page_table, positions, from_block)
-    if resolve(implementation, kv_fill_refusals(x, blocks, k_pages)) == "mosaic":
+        return cache
+    if resolve(implementation, kv_fill_refusals(tokens.x, blocks, cache.k)) == "mosaic":
         from pallas_kernels.mosaic import kv_fill as mosaic
 
-        return mosaic.kv_fill(*arguments, layers=layers, freq=freq)
-    return reference.kv_fill(*arguments, layers=layers, freq=freq, starts=starts)
+        return mosaic.kv_fill(tokens, blocks, cache, layers=layers, freq=freq)
+    return reference.kv_fill(tokens, blocks, cache, layers=layers, freq=freq, starts=starts)
 
 
 def kv_fill_refusals(
@@ -182,7 +171,7 @@ def kv_fill_refusals(
 
 
 def check_page_ids(page_table: np.ndarray, num_pages: int) -> None:
-    """Refuse a page table with ids out of range, on the host, where tables are made: devices do not look.
+    """Refuse a page table with ids out of range, on the host, where tables are made: programs do not check.
 
     Raises:
         ValueError: names the first such entry.
@@ -197,20 +186,18 @@ def check_page_ids(page_table: np.ndarray, num_pages: int) -> None:
 
 def _check(
     q: Array,
-    rank: int,
-    k_pages: Array,
-    v_pages: Array,
+    cache: PagedKVCache,
     page_table: Array,
     visible: Array,
     layer: int,
     sliding_window: int | None,
     per_row: bool = True,
 ) -> None:
-    if q.ndim != rank:
-        raise ValueError(f"q must have {rank} dimensions, got {list(q.shape)}")
+    if q.ndim != 3:
+        raise ValueError(f"q must have 3 dimensions, got {list(q.shape)}")
     _check_integers(page_table=page_table, lengths_or_positions=visible)
-    _check_pages(k_pages, v_pages)
-    layers, _, kv_heads, _, dim = k_pages.shape
+    _check_pages(cache)
+    layers, _, kv_heads, _, dim = cache.k.shape
     if q.shape[-1] != dim or q.shape[-2] % kv_heads:
         raise ValueError(
             f"q has {q.shape[-2]} heads of {q.shape[-1]}, the pages {kv_heads} of {dim}: the head dimension must be "
@@ -231,30 +218,29 @@ def _check_integers(**arrays: Array) -> None:
             raise ValueError(f"{name.replace('_or_', ' or ')} must be integers, got {ids.dtype}")
 
 
-def _check_pages(k_pages: Array, v_pages: Array) -> None:
-    if k_pages.ndim != 5 or k_pages.shape != v_pages.shape or k_pages.dtype != v_pages.dtype:
+def _check_pages(cache: PagedKVCache) -> None:
+    k, v = cache.k, cache.v
+    if k.ndim != 5 or k.shape != v.shape or k.dtype != v.dtype:
         raise ValueError(
-            "k_pages and v_pages must be alike and [L, P, K, S, C], got "
-            f"{k_pages.dtype}{list(k_pages.shape)} and {v_pages.dtype}{list(v_pages.shape)}"
+            "cache.k and cache.v must be alike and [L, P, K, S, C], got "
+            f"{k.dtype}{list(k.shape)} and {v.dtype}{list(v.shape)}"
         )
 
 
 def _check_fill(
-    x: Array,
+    tokens: ExitedTokens,
     blocks: Sequence[KVProjection],
-    k_pages: Array,
-    page_table: Array,
-    positions: Array,
-    from_block: Array,
+    cache: PagedKVCache,
     layers: Sequence[int],
     freq: Array,
     starts: Sequence[int],
 ) -> None:
-    if x.ndim != 2:
-        raise ValueError(f"x must be [D, N], got {list(x.shape)}")
+    if tokens.x.ndim != 2:
+        raise ValueError(f"x must be [D, N], got {list(tokens.x.shape)}")
+    positions, page_table, from_block = tokens.positions, tokens.page_table, tokens.from_block
     _check_integers(page_table=page_table, positions=positions, from_block=from_block)
-    size, count = x.shape
-    cached, _, kv_heads, _, dim = k_pages.shape
+    size, count = tokens.x.shape
+    cached, _, kv_heads, _, dim = cache.k.shape
     if page_table.ndim != 2 or page_table.shape[0] != count:
         raise ValueError(f"page_table must be [{count}, M], one row per token of x, got {list(page_table.shape)}")
     for name, array, shape in (

@@ -14,10 +14,10 @@ from jaxtyping import Array
 type Implementation = Literal["auto", "mosaic", "native", "xla"]
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation.__value__)
 VARIABLE = "EEJAX_KERNELS"
-"""Environment variable that decides where the caller leaves it at `auto`; read when a program is traced."""
+"""Environment variable that decides where the caller says `auto`; read when a program is traced."""
 
 Shaped = Array | jax.ShapeDtypeStruct
-"""What shape and dtype are asked of, and nothing else."""
+"""An argument of which only shape and dtype are read."""
 
 type Refusals = Mapping[str, Callable[[], str | None]]
 """For each implementation but `xla` that an operation has: says why it does not take the arguments; None if it does."""
@@ -72,14 +72,15 @@ def resolve(implementation: str, refusals: Refusals) -> str:
     """The implementation to run.
 
     Args:
-        implementation: as the caller wants it. `auto` is what `EEJAX_KERNELS` says; without that, kernels where the
-            device has them and they take the arguments. A kernel that is named runs there or raises, whatever the
-            device: a program may be lowered for another one, or interpreted. The variable speaks of all operations,
-            so one that has no such kernel runs on XLA then.
+        implementation: the caller's choice. `auto` is what `EEJAX_KERNELS` says; without that, a kernel where the
+            device has one and it takes the arguments. A kernel that is named runs or raises, whatever the device: a
+            program may be lowered for another one, or interpreted. The variable is for all operations, so one that has
+            no such kernel runs on XLA then.
+        refusals: of the kernels that the operation has.
 
     Raises:
-        ValueError: an unknown name, here or in the variable; or a kernel was asked for that refuses the arguments or,
-            by the caller, that does not exist.
+        ValueError: an unknown name, here or in the variable; a kernel that refuses the arguments; or a kernel, named
+            by the caller, that the operation does not have.
     """
     source, name = "implementation", _known("implementation", implementation)
     if name == "auto":

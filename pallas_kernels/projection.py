@@ -35,6 +35,24 @@ class KVProjection:
     eps: float = field(metadata={"static": True})
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
+class ExitedTokens:
+    """N tokens that left the network before its last block, as `kv_fill` takes them. Several may belong to one row.
+
+    Attributes:
+        x: hidden states they left with.
+        positions, page_table: each token's position, and its row of the page table.
+        from_block: index of the first block whose K and V a token lacks; the number of blocks where it lacks none, and
+            such a token may have any position.
+    """
+
+    x: Float[Array, "D N"]
+    positions: Int[Array, " N"]
+    page_table: Int[Array, "N M"]
+    from_block: Int[Array, " N"]
+
+
 class Rotation(NamedTuple):
     """Cosine and sine of the angles by which the rotary embedding rotates queries and keys."""
 

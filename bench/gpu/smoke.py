@@ -20,7 +20,7 @@ from bench.kernels.command import interpreted
 from bench.kernels.fill import MODELS
 from bench.kernels.timing import TOLERANCE, relative_error
 from eejax.core import ModelConfig
-from pallas_kernels import Implementation, KVProjection, kv_fill, paged_attention
+from pallas_kernels import ExitedTokens, Implementation, KVProjection, PagedKVCache, kv_fill, paged_attention
 
 FAULT = "EEJAX_GPU_CHECK_FAULT"
 """Environment variable for tests of the check: kernel and model whose process aborts."""
@@ -49,7 +49,8 @@ def attention(config: ModelConfig, width: int, seed: int) -> float:
     places = jnp.asarray(table), jnp.asarray(lengths)
 
     def run(name: Implementation, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return jax.jit(lambda q, k, v: paged_attention(q, k, v, *places, layer=1, implementation=name))(q, k, v)
+        call = jax.jit(lambda q, cache: paged_attention(q, cache, *places, layer=1, implementation=name))
+        return call(q, PagedKVCache(k, v))
 
     found = run("mosaic", q, k, v)
     expected = run("xla", *(one.astype(jnp.float32) for one in (q, k, v)))
@@ -81,8 +82,9 @@ def fill(config: ModelConfig, seed: int) -> float:
 
     def run(name: Implementation, dtype: jnp.dtype) -> list[np.ndarray]:
         def call(k: jax.Array, v: jax.Array, x: jax.Array, blocks: list[KVProjection]) -> tuple[jax.Array, jax.Array]:
-            given = (x, blocks, k, v, *map(jnp.asarray, (table, positions, from_block)))
-            return kv_fill(*given, layers=layers, freq=freq, implementation=name)
+            tokens = ExitedTokens(x, *map(jnp.asarray, (positions, table, from_block)))
+            cache = kv_fill(tokens, blocks, PagedKVCache(k, v), layers=layers, freq=freq, implementation=name)
+            return cache.k, cache.v
 
         cast = jax.tree.map(lambda leaf: jnp.array(leaf, dtype), (pages, pages + 1, x, blocks))
         return [np.asarray(one.astype(jnp.float32)) for one in jax.jit(call, donate_argnums=(0, 1))(*cast)]

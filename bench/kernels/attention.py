@@ -24,7 +24,7 @@ from bench.kernels.timing import (
     sets_for,
     turns_for,
 )
-from pallas_kernels import Implementation, paged_attention
+from pallas_kernels import Implementation, PagedKVCache, paged_attention
 
 CUDNN = (
     "cuDNN: not callable. jax.nn.dot_product_attention(implementation='cudnn') takes no page table, and JAX's paged "
@@ -134,8 +134,7 @@ def _step(implementation: Implementation | None) -> Step[State, dict[str, jax.Ar
         else:
             out = paged_attention(
                 q,
-                data["k"],
-                data["v"],
+                PagedKVCache(data["k"], data["v"]),
                 table,
                 data["lengths"],
                 layer=0,
@@ -225,7 +224,7 @@ def _torch_on_gpu(torch: Any, case: AttentionCase, data: dict[str, jax.Array], t
             samples.append(start.elapsed_time(end) / 1e3)
         mine = jnp.asarray(results[0].float().cpu().numpy())[:, :, 0]
     del kept
-    args = data["q"][0], data["k"], data["v"], data["tables"][0], data["lengths"]
+    args = data["q"][0], PagedKVCache(data["k"], data["v"]), data["tables"][0], data["lengths"]
     error = relative_error(mine, paged_attention(*args, layer=0, implementation="xla"))
     return judge(Timing(float(np.median(samples[1:])) / turns, None, error))
 

@@ -13,9 +13,19 @@ import jax.numpy as jnp
 from bench.common import random_params
 from bench.kernels.timing import MAX_SETS, Repetitions, Step, Timing, compare, sets_for, turns_for
 from eejax.core import CacheConfig, ModelConfig
-from eejax.device import PagedKVCache, Slots, init_cache, slots_of, write
+from eejax.device import init_cache
 from eejax.model import bind
-from pallas_kernels import Implementation, KVProjection, kv_fill, paged_attention
+from pallas_kernels import (
+    ExitedTokens,
+    Implementation,
+    KVProjection,
+    PagedKVCache,
+    Slots,
+    kv_fill,
+    paged_attention,
+    slots_of,
+    write,
+)
 
 TOKENS_PER_ROW = 4
 """As many tokens of a row wait for deferred fill-in."""
@@ -189,19 +199,8 @@ def _fill_step(config: ModelConfig, count: int, implementation: Implementation) 
         x, freq = _states(turn, data), model.frequencies()
         for first in range(0, config.n_layers, count):
             blocks: list[KVProjection] = [block.kv_projection for block in model.blocks[first : first + count]]
-            k, v = kv_fill(
-                x,
-                blocks,
-                cache.k,
-                cache.v,
-                data["page_table"],
-                data["positions"],
-                data["from_block"],
-                layers=range(count),
-                freq=freq,
-                implementation=implementation,
-            )
-            cache = PagedKVCache(k, v)
+            tokens = ExitedTokens(x, data["positions"], data["page_table"], data["from_block"])
+            cache = kv_fill(tokens, blocks, cache, layers=range(count), freq=freq, implementation=implementation)
         return cache, total
 
     return step
@@ -222,7 +221,7 @@ def _full_step(config: ModelConfig, count: int) -> Step[State, dict[str, Any]]:
                 q: jax.Array, k: jax.Array, v: jax.Array, cache: PagedKVCache, layer: int = layer
             ) -> tuple[jax.Array, PagedKVCache]:
                 cache = write(cache, layer, slots, k, v)
-                o = paged_attention(jnp.moveaxis(q, -1, 0), cache.k, cache.v, table, positions + 1, layer=layer)
+                o = paged_attention(jnp.moveaxis(q, -1, 0), cache, table, positions + 1, layer=layer)
                 return jnp.moveaxis(o, 0, -1), cache
 
             x, _, cache = model.blocks[layer](x, angles, attend, cache)

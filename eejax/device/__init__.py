@@ -8,28 +8,20 @@ from __future__ import annotations
 
 from eejax.device.kernels import choose_kernels
 from eejax.device.kv_cache import (
-    PagedKVCache,
-    Slots,
     default_num_pages,
     init_cache,
     page_bytes,
     resolve_dtype,
-    slots_of,
-    write,
 )
 from eejax.device.programs import use_compilation_cache
 from eejax.device.runner import Runner
 
 __all__ = [
-    "PagedKVCache",
     "Runner",
-    "Slots",
     "choose_kernels",
     "default_num_pages",
     "init_cache",
     "page_bytes",
     "resolve_dtype",
-    "slots_of",
     "use_compilation_cache",
-    "write",
 ]

@@ -35,11 +35,10 @@ from eejax.core import ModelConfig
 from eejax.device import kv_fill, sampling
 from eejax.device.decode_state import ChunkLimits, DecodeState, Pass, Plan, Rows, Step
 from eejax.device.exits import ExitTest, token_keys
-from eejax.device.kv_cache import PagedKVCache
 from eejax.device.kv_fill import Tokens
 from eejax.device.sampling import TokenLogprobs
 from eejax.model import bind
-from pallas_kernels import Rotation, run_if
+from pallas_kernels import PagedKVCache, Rotation, run_if
 
 
 @jax.tree_util.register_dataclass

@@ -11,10 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from eejax.core import COUNTERS, LOGIT_MEASURES, ModelConfig, SamplingParams
-from eejax.device.kv_cache import PagedKVCache, Slots, write
 from eejax.device.sampling import SamplingRows
 from eejax.model import EarlyExitTransformer
-from pallas_kernels import Best, paged_attention
+from pallas_kernels import Best, PagedKVCache, Slots, paged_attention, write
 
 WAITING_PER_ROW = 4
 """Tokens of a row whose K and V may wait at a time."""
@@ -305,7 +304,6 @@ class Pass:
         cache = cache if slots is None else write(cache, layer, slots, k, v)
         positions, window = self.state.positions, self.model.config.window_of(layer)
         q, lengths = jnp.moveaxis(q, -1, 0), positions + 1
-        o = paged_attention(
-            q, cache.k, cache.v, self.rows.page_table, lengths, layer=layer, active=active, sliding_window=window
-        )
+        table = self.rows.page_table
+        o = paged_attention(q, cache, table, lengths, layer=layer, active=active, sliding_window=window)
         return jnp.moveaxis(o, 0, -1), cache

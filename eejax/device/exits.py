@@ -15,9 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from eejax.core import LOGIT_MEASURES, MEASURES
 from eejax.device.decode_state import ExitRows, Pass, Step
-from eejax.device.kv_cache import PagedKVCache
 from eejax.model import Block
-from pallas_kernels import Best, Rotation, run_if
+from pallas_kernels import Best, PagedKVCache, Rotation, run_if
 
 RANDOM_STREAM = 1
 """Sets the `random` measure's draws apart from the sampler's, which use the same per-token keys."""

@@ -19,14 +19,14 @@ from pallas_kernels import (
 
 
 class KernelChoice(NamedTuple):
-    """The implementation of one operation, and what speaks against the kernel of this device, if anything does."""
+    """The implementation of one operation, and why this device's kernel does not take it; None if it does."""
 
     implementation: str
     refusal: str | None
 
 
 def choose_kernels(model: ModelConfig, page_size: int, dtype: jnp.dtype) -> dict[str, KernelChoice]:
-    """What `pallas_kernels` runs for this model on JAX's default device, by operation.
+    """The implementations that `pallas_kernels` chooses for this model on JAX's default device, by operation.
 
     Raises:
         ConfigError: `EEJAX_KERNELS` or `EEJAX_BRANCHES` has an unknown value, or a kernel is demanded that does not
@@ -45,7 +45,7 @@ def choose_kernels(model: ModelConfig, page_size: int, dtype: jnp.dtype) -> dict
         "paged_attention": paged_attention_refusals(shaped(1, model.n_heads, dim), pages),
         "kv_fill": kv_fill_refusals(shaped(size, 1), [block], pages),
     }
-    # Of the kernels that there are, the one whose device this is; Mosaic's where there is none.
+    # The kind of kernels that this device has; Mosaic's, for its refusal, where it has none.
     mine = "mosaic" if device_refusal("native") else "native"
     try:
         branch_form()

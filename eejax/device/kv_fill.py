@@ -17,11 +17,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-import pallas_kernels
 from eejax.device.decode_state import WAITING_PER_ROW, Pass, Step, Waiting
-from eejax.device.kv_cache import PagedKVCache, Slots, slots_of
 from eejax.model import EarlyExitTransformer
-from pallas_kernels import run_if
+from pallas_kernels import ExitedTokens, PagedKVCache, Slots, kv_fill, run_if, slots_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,19 +60,9 @@ def fill(
         starts: values that it may have beside this; any when None.
     """
     blocks = [model.cached_blocks[layer].kv_projection for layer in layers]
-    k, v = pallas_kernels.kv_fill(
-        tokens.x,
-        blocks,
-        cache.k,
-        cache.v,
-        tokens.page_table,
-        tokens.positions,
-        jnp.where(tokens.valid, from_layer, len(layers)).astype(jnp.int32),
-        layers=layers,
-        freq=model.frequencies(),
-        starts=starts,
-    )
-    return PagedKVCache(k, v)
+    from_block = jnp.where(tokens.valid, from_layer, len(layers)).astype(jnp.int32)
+    exited = ExitedTokens(tokens.x, tokens.positions, tokens.page_table, from_block)
+    return kv_fill(exited, blocks, cache, layers=layers, freq=model.frequencies(), starts=starts)
 
 
 def fill_segments(

@@ -22,11 +22,10 @@ from eejax.core import ModelConfig
 from eejax.device import sampling
 from eejax.device.decode_state import Rows
 from eejax.device.exits import token_keys
-from eejax.device.kv_cache import PagedKVCache, write
 from eejax.device.kv_fill import Tokens, fill
 from eejax.device.sampling import TokenLogprobs
 from eejax.model import EarlyExitTransformer, bind
-from pallas_kernels import ragged_paged_attention, run_if
+from pallas_kernels import PagedKVCache, ragged_paged_attention, run_if, write
 
 
 @jax.tree_util.register_dataclass
@@ -90,8 +89,7 @@ def prefill(
         cache = write(cache, layer, slots, k, v)
         o = ragged_paged_attention(
             jnp.moveaxis(q, -1, 0),
-            cache.k,
-            cache.v,
+            cache,
             rows.page_table,
             tokens.rows,
             tokens.positions,

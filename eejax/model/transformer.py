@@ -1,7 +1,7 @@
 """Llama-family decoder with early exits, in Flax NNX.
 
-Activations are feature-major: `[D, *N]`, with any number of token axes behind. Weights are `[out, in]`, so a
-projection is `W @ x`, the form that XLA:CPU runs fastest for few tokens and that GPUs do not mind.
+Activations are feature-major: `[D, *N]`, with any number of token axes at the end. Weights are `[out, in]`, so a
+projection is `W @ x`, the form that XLA:CPU runs fastest for few tokens; on GPUs it makes no difference.
 
 One alphabet for shapes, here and in the rest of the package:
 
@@ -10,8 +10,8 @@ One alphabet for shapes, here and in the rest of the package:
     B rows of a batch    T tokens of a row    N any token axes (`B`, `T` or `B T`)
     P pages              S slots of a page
 
-The modules hold parameters and say how one block computes. Who calls them (prefill, decode, training) brings
-attention along as a function, because only it knows where keys and values live.
+The modules hold parameters and say how one block computes. Their callers (prefill, decode, training) pass attention as
+a function, since only they know where keys and values are kept.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _ones(size: int) -> nnx.Param:
 
 
 class Mlp(nnx.Module):
-    """SwiGLU: `W_down (silu(W_gate x) * W_up x)`; gate and up lie in one matrix and are read together."""
+    """SwiGLU: `W_down (silu(W_gate x) * W_up x)`; gate and up are one matrix, so that they are read together."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         self.gate_up = _normal(rngs, 2 * config.intermediate_size, config.hidden_size)
@@ -80,7 +80,7 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One transformer layer. K and V are a matrix of their own, since fill-in needs them without Q."""
+    """One transformer layer. K and V have one matrix, apart from Q's, since KV fill-in needs them alone."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         self.config = config
@@ -114,7 +114,7 @@ class Block(nnx.Module):
 
     @property
     def kv_projection(self) -> KVProjection:
-        """What makes this block's K and V, all that KV fill-in needs of it."""
+        """The parameters of this block's K and V, which are all that KV fill-in needs of it."""
         config = self.config
         return KVProjection(
             norm=self.attn_norm[...],
@@ -136,29 +136,28 @@ class Block(nnx.Module):
         """Run the block.
 
         Args:
-            beside: states that do not go through the block, but whose K and V it makes, in the same product: `attend`
-                gets them behind those of `x`, and `turn` has their angles behind those of `x`, which has one token axis
-                then.
-            active: which states go through the block, the others staying as they are; and of which, with those beside
-                them, K and V are made, the others being anything. All when None.
+            beside: states of M other tokens, which do not go through the block; it makes their K and V, in the same
+                product. `attend` gets those after the ones of `x`, and `turn` has their angles after the ones of `x`,
+                which has one token axis then.
+            active: states of `x` that go through the block, while the others stay as they are; and states, of `x` and
+                then `beside`, whose K and V are made, while the others may be anything. All when None.
 
         Returns:
             Its output; the residual between attention and MLP, which `mlp` exits read; the cache.
         """
-        mine, norm = turn, Norm(self.attn_norm[...], self.config.norm_eps)
+        turn_of_x, norm = turn, Norm(self.attn_norm[...], self.config.norm_eps)
         runs, due = active or (None, None)
-        if beside is not None:
-            mine = Rotation(turn.cos[:, : x.shape[1]], turn.sin[:, : x.shape[1]])
+        if beside is None:
+            q, kv = linear((self.wq[...], self.wkv[...]), x, norm=norm, active=active)
+        else:
+            turn_of_x = Rotation(turn.cos[:, : x.shape[1]], turn.sin[:, : x.shape[1]])
             q = linear(self.wq[...], x, norm=norm, active=runs)
             kv = linear(self.wkv[...], jnp.concatenate([x, beside], axis=1), norm=norm, active=due)
-        else:
-            q, kv = linear((self.wq[...], self.wkv[...]), x, norm=norm, active=active)
-        q = self._finish_queries(q, mine)
+        q = self._finish_queries(q, turn_of_x)
         k, v = finish_keys_values(self.kv_projection, kv, turn)
         o, cache = attend(q, k, v, cache)
         middle = linear(self.wo[...], o.reshape(-1, *x.shape[1:]), residual=x, active=runs)
-        out = self.mlp(middle, self.norm_before_mlp, runs)
-        return out, middle, cache
+        return self.mlp(middle, self.norm_before_mlp, runs), middle, cache
 
 
 class ExitHead(nnx.Module):
@@ -198,7 +197,7 @@ class EarlyExitTransformer(nnx.Module):
             return rope_frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
 
     def rotation(self, positions: Int[Array, "*N"]) -> Rotation:
-        """What turns queries and keys of tokens at these positions."""
+        """The rotation of queries and keys of tokens at these positions."""
         return rotation(positions, self.frequencies())
 
     def embed(self, tokens: Int[Array, "*N"]) -> Float[Array, "D *N"]:
@@ -212,22 +211,21 @@ class EarlyExitTransformer(nnx.Module):
         return (*self.blocks, *(self.exits[name].block for name in owners))
 
     def exit_blocks(self, layer: int) -> tuple[int, ...]:
-        """Numbers among `cached_blocks` of those that exit point `layer` owns: one at a `block` exit, none elsewhere.
+        """Indices into `cached_blocks` of those that exit point `layer` owns: one at a `block` exit, none elsewhere.
 
-        It keeps K and V of every token, asked or not: of the state after block `layer`, or of the frozen state of a
-        token that had left by then.
+        It keeps K and V of every token, tested there or not: of the state after block `layer`, or of the frozen state
+        of a token that exited before.
         """
-        config = self.config
-        if config.exits.head != "block" or layer not in config.exits.layers:
-            return ()
-        return (config.n_layers + config.exits.layers.index(layer),)
+        exits = self.config.exits
+        owns = exits.head == "block" and layer in exits.layers
+        return (self.config.n_layers + exits.layers.index(layer),) if owns else ()
 
     def features(
         self,
         layer: int,
         x: Float[Array, "D *N"],
         middle: Float[Array, "D *N"],
-        run_block: Callable[[Block, Array], Array] | None = None,
+        run_block: Callable[[Block, Float[Array, "D *N"]], Float[Array, "D *N"]] | None = None,
         active: Bool[Array, " N"] | None = None,
     ) -> Float[Array, "D *N"]:
         """What the output matrix at exit point `layer` multiplies.
@@ -236,7 +234,7 @@ class EarlyExitTransformer(nnx.Module):
             layer: an exit point: an exit layer or `n_layers`.
             x: hidden state after block `layer`.
             middle: that block's residual between attention and MLP.
-            run_block: what a block makes of `x`; the caller knows its attention. Only `block` exits need it.
+            run_block: returns a block's output for `x`; the caller knows its attention. Only `block` exits need it.
             active: columns that are needed, all when None; the others may be anything.
 
         Raises:
@@ -255,11 +253,7 @@ class EarlyExitTransformer(nnx.Module):
         return rms_norm(own.norm[...], x, eps) if self.config.exits.norm else x
 
     def probe_logit(self, layer: int, features: Float[Array, "D *N"]) -> Float[Array, "*N"]:
-        """Log-odds, by exit `layer`'s linear probe, that its likeliest token is the last block's (CALM, sec. 3.3).
-
-        Args:
-            features: what `features` returned for this exit.
-        """
+        """Log-odds, by exit `layer`'s linear probe, that its likeliest token is the last block's (CALM, sec. 3.3)."""
         own = self.exits[f"after_{layer}"]
         weight = own.probe_weight[...].astype(jnp.float32)
         return jnp.tensordot(weight, features.astype(jnp.float32), 1) + own.probe_bias[...].astype(jnp.float32)[0]
@@ -284,7 +278,7 @@ class EarlyExitTransformer(nnx.Module):
         wanted: Bool[Array, " N"] | None = None,
         confidence: bool = True,
     ) -> tuple[Best, Float[Array, "V N"] | None]:
-        """What the logits at exit point `layer` come to, see `pallas_kernels.head`."""
+        """What decoding needs of the logits at exit point `layer`, see `pallas_kernels.head`."""
         matrix = self.output_matrix(layer)
         return head(matrix, features, active=active, logits=logits, wanted=wanted, confidence=confidence)
 
@@ -294,7 +288,7 @@ class EarlyExitTransformer(nnx.Module):
         """Full-depth causal forward over whole rows, without a cache: features at every exit point, for training.
 
         Args:
-            tokens: rows that start at position 0; padding belongs behind the text.
+            tokens: rows that start at position 0; padding comes after the text.
             dtype: dtype of the residual stream; the embedding's own when not given.
             remat: recompute each block in the backward pass instead of keeping its activations.
         """

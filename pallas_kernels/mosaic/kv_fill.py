@@ -3,7 +3,7 @@
 What bounds it is reading the weights, so everything is arranged around them. The work is cut into items: the rows of
 one block's `wkv` that make the K or the V of one head, times up to 64 or 128 tokens. They are counted from the first
 block that some token needs, since a token needs all blocks above its exit: blocks that nobody needs are no work. One
-thread block stands on every multiprocessor, and the items are dealt out to them. In each, one warpgroup brings weights
+thread block runs on every multiprocessor, and the items are dealt out to them. In each, one warpgroup brings weights
 and normalised states into a ring of shared memory by TMA, ahead of the product and across the ends of items; the
 others, one for 64 tokens each, multiply (WGMMA, float32 sums) and write what comes out, biased, normed and rotated,
 straight into the pages, token by token. XLA prepares what is small: normalised states, the rotary embedding's cosines
@@ -26,9 +26,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.implementation import Shaped
-from pallas_kernels.pages import Slots, slots_of
+from pallas_kernels.pages import PagedKVCache, Slots, slots_of
 from pallas_kernels.products import rms_norm
-from pallas_kernels.projection import KVProjection
+from pallas_kernels.projection import ExitedTokens, KVProjection
 
 HEAD_DIMS = (64, 96, 128, 256)
 TILE = 64
@@ -48,7 +48,7 @@ SHARED_BYTES = 222 * 1024
 """Shared memory for tiles: a thread block has 227 KiB, and barriers and alignment want some of it."""
 
 MAX_STAGES = 12
-"""Steps that are in flight at most: more bytes than memory needs to keep busy help nobody."""
+"""Steps in flight at most: more bytes than it takes to keep the memory busy do not help."""
 
 
 def refusal(x: Float[Shaped, "D N"], blocks: Sequence[KVProjection], k_pages: Float[Shaped, "L P K S C"]) -> str | None:
@@ -70,49 +70,45 @@ def refusal(x: Float[Shaped, "D N"], blocks: Sequence[KVProjection], k_pages: Fl
 
 
 def kv_fill(
-    x: Float[Array, "D N"],
+    tokens: ExitedTokens,
     blocks: Sequence[KVProjection],
-    k_pages: Float[Array, "L P K S C"],
-    v_pages: Float[Array, "L P K S C"],
-    page_table: Int[Array, "N M"],
-    positions: Int[Array, " N"],
-    from_block: Int[Array, " N"],
+    cache: PagedKVCache,
     *,
     layers: Sequence[int],
-    freq: Float[Array, " C/2"],
-) -> tuple[Float[Array, "L P K S C"], Float[Array, "L P K S C"]]:
+    freq: Float[Array, " C2"],
+) -> PagedKVCache:
     """See `pallas_kernels.api.kv_fill`. In place wherever XLA may overwrite the pages.
 
     Raises:
         ValueError: `refusal` has a reason.
     """
-    if reason := refusal(x, blocks, k_pages):
+    if reason := refusal(tokens.x, blocks, cache.k):
         raise ValueError(reason)
-    count = x.shape[1]
+    count = tokens.x.shape[1]
     if not blocks or not count:
-        return k_pages, v_pages
-    _, _, kv_heads, page_size, dim = k_pages.shape
+        return cache
+    kv_heads, dim = cache.k.shape[2], cache.k.shape[4]
     # With heads of 256 the sums alone are 128 registers of a thread: too many beside a third warpgroup.
     tiling = _Tiling(count, kv_heads, dim, warpgroups=2 if count > TILE and dim <= 128 else 1)
-    slots = slots_of(page_table, positions, page_size)
-    angle = _padded(positions.astype(jnp.float32), tiling.tiles * tiling.tile)[:, None] * freq
-    refs = jax.new_ref(k_pages), jax.new_ref(v_pages)
+    slots = slots_of(cache, tokens.page_table, tokens.positions)
+    angle = _padded(tokens.positions.astype(jnp.float32), tiling.tiles * tiling.tile)[:, None] * freq
+    refs = jax.new_ref(cache.k), jax.new_ref(cache.v)
     for start in range(0, len(blocks), BLOCKS):
         _launch(
             tiling,
-            _padded(x.T, tiling.tiles * tiling.rows),
+            _padded(tokens.x.T, tiling.tiles * tiling.rows),
             blocks[start : start + BLOCKS],
-            *refs,
+            refs,
             jnp.stack([jnp.cos(angle), jnp.sin(angle)]),
             slots,
-            from_block.astype(jnp.int32) - start,
+            tokens.from_block.astype(jnp.int32) - start,
             layers[start : start + BLOCKS],
         )
-    return jax.freeze(refs[0]), jax.freeze(refs[1])
+    return PagedKVCache(jax.freeze(refs[0]), jax.freeze(refs[1]))
 
 
 def _padded(x: Array, size: int) -> Array:
-    """With zeros behind the first axis, `size` long."""
+    """With zeros at the end of the first axis, which becomes `size` long."""
     return jnp.pad(x, ((0, size - x.shape[0]), *((0, 0),) * (x.ndim - 1)))
 
 
@@ -135,17 +131,17 @@ class _Tiling:
 
     @property
     def items(self) -> int:
-        """Of a block."""
+        """Items of work of a block."""
         return 2 * self.kv_heads * self.tiles
 
     @property
     def rows(self) -> int:
-        """Rows of states that are fetched for a tile. The other rows of the product are rubbish that nobody writes."""
+        """Rows of states fetched for a tile. Other rows of the product may be anything, and are not written."""
         return self.tile if self.tiles > 1 else -(-self.count // 8) * 8
 
     @property
     def out_columns(self) -> int:
-        """Of the rows that the pages are written from, which TMA wants aligned to 128 bytes."""
+        """Columns of the rows that the pages are written from, which TMA wants aligned to 128 bytes."""
         return -(-self.dim // 64) * 64
 
     @property
@@ -158,8 +154,7 @@ def _launch(
     tiling: _Tiling,
     states: Float[Array, "R D"],
     blocks: Sequence[KVProjection],
-    k_pages: jax.Ref,
-    v_pages: jax.Ref,
+    pages: tuple[jax.Ref, jax.Ref],
     rotation: Float[Array, "2 Q C2"],
     slots: Slots,
     from_block: Int[Array, " N"],
@@ -201,8 +196,7 @@ def _launch(
         jnp.stack(biases) if biases else None,
         jnp.stack(k_norms) if k_norms else None,
         rotation,
-        k_pages,
-        v_pages,
+        *pages,
     )
 
 
@@ -263,7 +257,7 @@ def _kernel(
 
             lax.switch(block, [functools.partial(fetch, weights_ref) for weights_ref in weights_refs])
 
-        # No GPU needs this, but jax 0.11's interpreter wants every arrival awaited.
+        # GPUs do not need this, but jax 0.11's interpreter wants every arrival awaited.
         @pl.loop(jnp.maximum(turns * steps - stages, 0), turns * steps)
         def _rest(done: Array) -> None:
             plgpu.barrier_wait(free.at[lax.rem(done, stages)])
@@ -339,7 +333,7 @@ def _kernel(
 
 
 def _store(ref, x: Array) -> None:
-    """Into plain rows of shared memory, which conflict in its banks: once an item is too seldom to matter."""
+    """Into plain rows of shared memory, which conflict in its banks: once an item, which is too seldom to matter."""
     if hasattr(plgpu, "store"):  # jax 0.12, which refuses to do so unless told
         plgpu.store(ref, x, optimized=False)
     else:

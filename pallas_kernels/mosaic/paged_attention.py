@@ -29,6 +29,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.implementation import Shaped
+from pallas_kernels.pages import PagedKVCache
 from pallas_kernels.reference import MASKED
 
 TILE = 64
@@ -66,13 +67,11 @@ def refusal(q: Float[Shaped, "B H C"], k_pages: Float[Shaped, "L P K S C"]) -> s
 
 def paged_attention(
     q: Float[Array, "B H C"],
-    k_pages: Float[Array, "L P K S C"],
-    v_pages: Float[Array, "L P K S C"],
+    cache: PagedKVCache,
     page_table: Int[Array, "B M"],
     lengths: Int[Array, " B"],
     *,
     layer: int,
-    scale: float | None = None,
     sliding_window: int | None = None,
 ) -> Float[Array, "B H C"]:
     """See `pallas_kernels.api.paged_attention`.
@@ -83,23 +82,23 @@ def paged_attention(
     Raises:
         ValueError: `refusal` has a reason.
     """
-    if reason := refusal(q, k_pages):
+    if reason := refusal(q, cache.k):
         raise ValueError(reason)
     rows, heads, dim = q.shape
-    _, num_pages, kv_heads, page_size, _ = k_pages.shape
+    _, num_pages, kv_heads, page_size, _ = cache.k.shape
     room = page_table.shape[1] * page_size
     window = min(room, room if sliding_window is None else sliding_window)
     most_tiles = min(room // TILE, -(-(window - 1) // TILE) + 1)
     piece_tiles = max(PIECE_TILES, -(-most_tiles // MAX_PIECES))
     most_pieces = -(-most_tiles // piece_tiles)
 
-    ends = jnp.minimum(lengths.astype(jnp.int32), room)  # behind a row of the table lies another row's
+    ends = jnp.minimum(lengths.astype(jnp.int32), room)  # after a row of the table comes another row's
     begins = jnp.maximum(ends - window, 0)
     tiles = _over(ends, TILE) - begins // TILE
     pieces = _over(tiles, piece_tiles)
 
     group = heads // kv_heads
-    grouped = q.reshape(rows, kv_heads, group, dim).astype(k_pages.dtype)
+    grouped = q.reshape(rows, kv_heads, group, dim).astype(cache.k.dtype)
     grouped = jnp.pad(grouped, ((0, 0), (0, 0), (0, -group % 8), (0, 0)))  # 8 rows are a tile of shared memory
     heads_of_pages = (-1, page_size, dim)
     results, log_totals = _attend_to_pieces(
@@ -108,13 +107,13 @@ def paged_attention(
         ends,
         page_table.astype(jnp.int32),
         grouped,
-        k_pages.reshape(heads_of_pages),
-        v_pages.reshape(heads_of_pages),
+        cache.k.reshape(heads_of_pages),
+        cache.v.reshape(heads_of_pages),
         jnp.full((1,), layer * num_pages * kv_heads, jnp.int32),
         group=group,
         most_pieces=most_pieces,
         piece_tiles=piece_tiles,
-        log2_scale=(dim**-0.5 if scale is None else scale) * math.log2(math.e),
+        log2_scale=dim**-0.5 * math.log2(math.e),
     )
     return _joined(results, log_totals, pieces, most_pieces).reshape(q.shape).astype(q.dtype)
 
@@ -125,7 +124,7 @@ def _over(numbers: Int[Array, " B"], divisor: int) -> Int[Array, " B"]:
 
 
 def _work(pieces: Int[Array, " B"], most_pieces: int) -> tuple[Int[Array, " W"], Int[Array, " 1"]]:
-    """The pieces of all rows, each as `row * most_pieces + piece`, and how many there are; behind them anything."""
+    """The pieces of all rows, each as `row * most_pieces + piece`, and how many there are; after them anything."""
     ends = jnp.cumsum(pieces)
     place = jnp.arange(len(pieces) * most_pieces)
     before = ends <= place[:, None]  # [W B]: rows all of whose pieces are listed before this place
@@ -215,7 +214,7 @@ def _attend_to_pieces(
             tiles = jnp.minimum(piece_tiles, lax.div(end + (TILE - 1), TILE) - first)  # at least 1
 
             def page_of(tile: Array | int) -> Array:
-                """Entries behind those of the piece are not looked at."""
+                """Entries after those of the piece are not read."""
                 entry = table_ref[row, lax.div(first + jnp.minimum(tile, tiles - 1), page_tiles)]
                 return first_page_ref[0] + entry * kv_heads + head
 
@@ -252,7 +251,7 @@ def _attend_to_pieces(
 
                 plgpu.barrier_wait(v_ready.at[slot])
 
-                # What nobody may see can hold anything, even NaN, and 0 * NaN is NaN: zero the values as well.
+                # Unseen slots can hold anything, even NaN, and 0 * NaN is NaN: zero the values as well.
                 @pl.when((start < begin) | (start + TILE > end))
                 def _() -> None:
                     values = plgpu.load(v_smem.at[slot], layout=plgpu.Layout.WGMMA)

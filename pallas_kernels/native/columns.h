@@ -1,22 +1,22 @@
-/* Some columns of rows that lie apart: brought together, and put back to their places. */
+/* Gathers some columns of a matrix's rows, and scatters results back to their places. */
 
 #ifndef EEJAX_COLUMNS_H_
 #define EEJAX_COLUMNS_H_
 
 #include "kernels.h"
 
-/* Columns that are brought together at once. */
+/* Columns that are gathered at once. */
 #define PANEL (2 * VL)
 
 #if defined(__AVX512F__)
 
-/* Up to a panel of columns, by the vectors of a row in which they stand. */
+/* Up to a panel of columns, grouped by the vectors of a row that hold them. */
 typedef struct {
   int count;
   int32_t base[PANEL];
-  uint8_t first[PANEL]; /* How many stand before those of this vector. */
+  uint8_t first[PANEL]; /* How many come before those of this vector. */
   uint16_t mask[PANEL];
-  ivec from[PANEL]; /* Where in the panel those of this vector stand. */
+  ivec from[PANEL]; /* Where in the panel those of this vector are. */
 } Columns;
 
 INLINE void find_columns(Columns* found, const int32_t* list, int64_t count) {
@@ -31,7 +31,7 @@ INLINE void find_columns(Columns* found, const int32_t* list, int64_t count) {
   }
 }
 
-/* `to` has room for one vector more than there are columns: zeros stand there then. */
+/* `to` has room for one vector more than there are columns: it is filled with zeros. */
 INLINE void gather_columns(float* to, const float* row, const Columns* columns) {
   for (int n = 0; n < columns->count; n++) {
     __mmask16 some = columns->mask[n];

@@ -1,13 +1,13 @@
-/* What is asked of logits, weight [V, D] @ x [D, N], float32: in each column the largest one and its row (the lowest one
+/* What decoding needs of logits, weight [V, D] @ x [D, N], float32: in each column the largest one and its row (the lowest one
 of equals), the largest one but that (the same one again where two are equal), and the sum of the exponentials of all,
-each less the largest. The vocabulary goes by in tiles that stay in the cache; logits themselves are written only of
-columns that are wanted. A NaN is larger than nothing, and counts for nothing. */
+each less the largest. Rows of the vocabulary are taken in tiles that stay in the cache; logits themselves are written
+only of columns that are wanted. A NaN is never the largest and adds nothing to the sum. */
 
 #include <math.h>
 
 #include "product.h"
 
-/* Logits of one work item, at the most: 16 rows or more, since `ops.py` refuses more than 1,024 columns. */
+/* Logits of one work item, at most: 16 rows or more, since `ops.py` refuses more than 1,024 columns. */
 #define TILE_FLOATS (16 * 1024)
 
 typedef struct {

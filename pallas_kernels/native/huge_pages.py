@@ -1,8 +1,8 @@
 """Transparent huge pages for arrays that every step reads: weights and KV cache.
 
-A processor keeps the places of a few thousand pages in mind. With pages of 4 KiB that is a few MiB, and a step that
+A processor remembers the addresses of a few thousand pages. With pages of 4 KiB that is a few MiB, and a step that
 reads hundreds looks each page up anew: in pages of 2 MiB, reading weights went 15 to 30 % faster (measured on CPU, two
-cores). Most systems give such pages only to who asks (`/sys/kernel/mm/transparent_hugepage/enabled` is `madvise`), and
+cores). Most systems give such pages only when asked (`/sys/kernel/mm/transparent_hugepage/enabled` is `madvise`), and
 XLA does not ask.
 """
 
@@ -45,13 +45,14 @@ def spans(buffers: Iterable[Span]) -> list[Span]:
 
 
 def use_huge_pages(arrays: Iterable[object]) -> threading.Thread | None:
-    """Move arrays into huge pages, in the background: they stay where they are for whoever uses them.
+    """Move arrays into huge pages, in the background; their addresses stay the same.
 
-    That is for speed alone, so nothing is said where the system does not do it, or does it in part: what shares its
-    huge page with something else of the process stays as it is.
+    This changes speed alone, so there is no error where the system does not do it, or does it in part: an array that
+    shares its huge page with other memory of the process stays where it is.
 
     Args:
-        arrays: what is not JAX's, or not on a CPU, is left alone, and so are all if they make less than one huge page.
+        arrays: those that are not JAX's, or not on a CPU, are left alone, and so are all if they are smaller than one
+            huge page together.
 
     Returns:
         The thread that does it; None if there is nothing to do, or the system does not want it or has no such pages.

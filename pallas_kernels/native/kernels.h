@@ -78,8 +78,8 @@ INLINE vec silu(vec x) {
   return x * pick(x < (vec){0}, small, splat(1.0f)) / (splat(1.0f) + small);
 }
 
-/* Threads: as many as XLA's pool has, the caller being one. They are not that pool's: its idle threads spin, beside a
-caller who works they would be one too many, and a product is too short for that. */
+/* Threads: as many as XLA's pool has, the caller being one of them. They do not belong to that pool: its idle threads
+spin, and beside a caller that works they would take a core that a product, which is short, needs at once. */
 int thread_count(const XLA_FFI_CallFrame* call);
 typedef void Work(int64_t item, void* argument);
 void parallel_for(const XLA_FFI_CallFrame* call, int64_t items, Work* work, void* argument);

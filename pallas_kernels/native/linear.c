@@ -1,8 +1,8 @@
-/* out [O, N] = weight [O, K] @ x [K, N], float32, row-major, with what stands before and behind a product in a block:
+/* out [O, N] = weight [O, K] @ x [K, N], float32, row-major, with what comes before and after a product in a block:
 RMS norm of x's columns, SwiGLU's gate, a residual to add. The weight is read once, at the memory's pace if it can be.
 
-Few columns: inner products along K, several rows of the weight against all columns at once (x is turned round first).
-More: panels of columns as wide as two vectors, every weight broadcast to them; panels are copied one behind another
+Few columns: inner products along K, several rows of the weight against all columns at once (x is transposed first).
+More: panels of columns as wide as two vectors, every weight broadcast to them; panels are copied one after another
 where x has more columns than one panel, and a few columns that are left over take inner products again. Both keep a tile
 of results in registers through the whole of K. Many columns go to tiles.c where the processor has AMX.
 
@@ -15,7 +15,7 @@ Where only some columns are computed, these are copied as if there were no other
 
 /* Columns up to which inner products are used: a panel would be mostly empty. */
 #define NARROW 8
-/* The same for columns that are left over behind whole vectors: the weight is in the cache then, so a panel costs less. */
+/* The same for columns that are left over after whole vectors: the weight is in the cache then, so a panel costs less. */
 #define FEW_LEFT 4
 /* Bytes of weight of one work item: fits the second-level cache beside a panel of x. */
 #define ITEM_BYTES (256 * 1024)
@@ -28,16 +28,17 @@ Where only some columns are computed, these are copied as if there were no other
 #define TALLER 12
 #endif
 
-/* Floats from one turned column to the next; one vector more than there are, or all would share a set of the cache. */
+/* Floats from one transposed column to the next: the depth and one vector more, or all columns would share a set of the
+cache. */
 INLINE int64_t stride_of(const Product* p) { return p->depth + VL; }
 
-/* x is used as it lies if it is one column or one whole panel, and has no norm. */
+/* x is read in place if it is one column or one whole panel, and is not normed; it is copied otherwise. */
 INLINE int copies(const Product* p) {
   if (p->norm || p->list) return 1;
   return p->columns <= NARROW ? p->width != 1 : p->columns != VL && p->columns != PANEL;
 }
 
-/* Columns that are left over behind whole vectors, where they are so few that another vector would be mostly empty. */
+/* Columns that are left over after whole vectors, where they are so few that another vector would be mostly empty. */
 INLINE int64_t left_over(const Product* p) {
   int64_t left = p->columns % VL;
   return p->columns > VL && left <= FEW_LEFT ? left : 0;
@@ -49,7 +50,7 @@ INLINE int64_t padded_columns(const Product* p) {
   return (p->columns - left + VL - 1) / VL * VL + left;
 }
 
-/* The product of these. */
+/* The product of the columns that are left over. */
 INLINE Product product_left(const Product* p) {
   Product left = *p;
   int64_t from = p->columns - (left.columns = left_over(p));
@@ -115,7 +116,7 @@ INLINE void sums_of(float* to, vec* sums, int count) {
 }
 #endif
 
-/* `m` rows of the weight by `n` columns of x, turned round. */
+/* `m` rows of the weight by `n` columns of x, transposed. */
 INLINE void inner_products(
     const float* weight,
     const float* x,
@@ -134,7 +135,7 @@ INLINE void inner_products(
     for (int r = 0; r < m; r++) {
       w[r] = load(weight + r * depth + k);
       __builtin_prefetch(weight + (r + m) * depth + k, 0, 3);
-      /* The fewer rows, the sooner that is needed: from memory it has to be asked for earlier. */
+      /* The fewer rows, the sooner the next ones are needed: what is still in memory has to be fetched earlier. */
       if (n > NARROW / 2) __builtin_prefetch(weight + (r + 3 * m) * depth + k, 0, 2);
     }
 #pragma GCC unroll 32
@@ -158,7 +159,7 @@ INLINE void inner_products(
     }
 }
 
-/* The n columns of x one behind another, normed if they are to be. */
+/* Transposes x: its n columns one after another, normed if x is to be. */
 INLINE void turn(const Product* p, int n) {
   int64_t depth = p->depth, width = p->width, stride = stride_of(p), places[NARROW];
   const float* x = p->x;
@@ -220,8 +221,8 @@ static Rows* const narrow_rows[] = {
 
 /* --- panels --- */
 
-/* `m` rows of the weight by a panel of `n` vectors, of which `width` columns exist; `places` are theirs in `out`, where it
-has a list. `ahead`: what comes next, if it is not in the cache yet. */
+/* `m` rows of the weight by a panel of `n` vectors, of which `width` columns exist; `places` are their columns in
+`out`, where it has a list. `ahead`: the weight to prefetch, if it is not in the cache yet. */
 INLINE void broadcast_products(
     const float* weight,
     const float* x,
@@ -399,7 +400,7 @@ void choose_columns(Product* p, const XLA_FFI_Buffer* active, int32_t* list) {
   p->list = p->columns < p->width ? list : NULL;
 }
 
-/* x to the scratch, in the form in which it is multiplied. */
+/* Copies x to the scratch, in the form in which it is multiplied. */
 static void copy(const XLA_FFI_CallFrame* call, Product* p) {
   if (!p->columns) return;
   if (is_tiled(p)) {
@@ -417,7 +418,7 @@ static void divide(const XLA_FFI_CallFrame* call, Product* p) {
   p->items = 0;
   if (!p->columns || !p->rows) return;
   int narrow = p->columns <= NARROW, tiled = is_tiled(p);
-  /* Several items a thread, so that one who is held up leaves its share to others; but no tiny ones. */
+  /* Several items for each thread, so that others take over the share of one that is held up; but no tiny ones. */
   int64_t row_bytes = MAX(p->depth, 1) * (int64_t)sizeof(float) * (p->gates ? 2 : 1);
   int64_t tile = narrow ? 24 : tiled ? TILED_ROWS : p->columns <= VL ? TALLER : TALL * 2;
   int64_t most = (tiled ? TILED_ITEM_BYTES : ITEM_BYTES) / row_bytes, least = (narrow ? 32 : 16) * 1024 / row_bytes;
@@ -436,7 +437,8 @@ INLINE int same_columns(const Product* p, const Product* q) {
   return !p->list || !memcmp(p->list, q->list, p->columns * sizeof(int32_t));
 }
 
-/* SwiGLU: the gate's rows lie before those that it multiplies. Both stand together until they go to their places. */
+/* SwiGLU: the gate's rows come before those that it multiplies. Results of both are kept together until they are
+multiplied and written to their places. */
 static void gated_rows(const Product* p, int64_t begin, int64_t rows) {
   int64_t n = p->list ? padded_columns(p) : p->columns, i = 0, count = rows * n;
   float *gates = p->gates + begin * n, *values = p->list ? gates + p->rows * n : p->out + begin * n;

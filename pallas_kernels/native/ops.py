@@ -148,7 +148,6 @@ def attention(
     positions: Int[Array, " N"],
     *,
     layer: int,
-    scale: float | None,
     sliding_window: int | None,
 ) -> Float[Array, "N H C"]:
     """See `pallas_kernels.api.ragged_paged_attention`. Token i is of row i where `rows` is None."""
@@ -166,7 +165,7 @@ def attention(
         v_pages,
         *integers,
         layer=np.int64(layer),
-        scale=np.float64(q.shape[1] ** -0.5 if scale is None else scale),
+        scale=np.float64(q.shape[1] ** -0.5),
         window=np.int64(window),
     )
     return jnp.moveaxis(found, -1, 0)

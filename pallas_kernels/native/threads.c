@@ -35,8 +35,8 @@ static void relax(void) {
 #endif
 }
 
-/* A thread goes through a slice of its own in order, so that what it fetches ahead is its own; then it helps others.
-Whoever comes late finds nothing to do, and nobody waits for a thread that has not begun. */
+/* A thread goes through a slice of its own in order, so that it uses what it prefetches; then it helps others. A thread
+that comes late finds nothing to do, and no thread waits for one that has not begun. */
 static void work_off(Job* job) {
   int mine = atomic_fetch_add(&job->tickets, 1);
   for (int i = 0; i < job->slices; i++) {
@@ -72,7 +72,7 @@ static void* help(void* unused) {
       pthread_mutex_unlock(&lock);
     }
     seen = atomic_load(&generation);
-    /* The job is its caller's, who waits until nobody who could have seen it is inside. */
+    /* The job belongs to its caller, which waits until no thread that could have seen it is inside. */
     atomic_fetch_add(&inside, 1);
     Job* job = atomic_load(&current);
     if (job) work_off(job);
@@ -97,7 +97,7 @@ int thread_count(const XLA_FFI_CallFrame* call) {
   return (int)MIN(threads, MAX_THREADS);
 }
 
-/* As many helpers as there should be, or as many as the system gives. Called by one thread at a time. */
+/* Starts helpers until there are `wanted`, or the system gives no more. Called by one thread at a time. */
 static int helpers_for(int wanted) {
   while (atomic_load(&helpers) < wanted) {
     pthread_t thread;
@@ -108,7 +108,7 @@ static int helpers_for(int wanted) {
   return MIN(wanted, atomic_load(&helpers));
 }
 
-/* work(0), ..., work(items - 1); returns when all are done. A caller who finds the helpers busy works alone. */
+/* work(0), ..., work(items - 1); returns when all are done. A caller that finds the helpers busy works alone. */
 void parallel_for(const XLA_FFI_CallFrame* call, int64_t items, Work* work, void* argument) {
   int free = 0;
   int mine = items > 1 && atomic_compare_exchange_strong(&busy, &free, 1);

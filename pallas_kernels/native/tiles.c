@@ -27,7 +27,7 @@ which is done less often here than by multiply-adds. Infinities become NaN, and 
 #define TILE_ZERO(t) __asm__ volatile("tilezero %%tmm" #t ::)
 #define TILE_LOAD(t, from) \
   __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #t ::"r"(from), "r"((int64_t)64) : "memory")
-/* Two tiles stand side by side. */
+/* Two tiles are side by side in a row. */
 #define TILE_STORE(t, to) \
   __asm__ volatile("tilestored %%tmm" #t ", (%0,%1,1)" ::"r"(to), "r"((int64_t)(2 * 64)) : "memory")
 /* c += a b */
@@ -77,8 +77,8 @@ INLINE __mmask16 first_of(int64_t left) { return left >= SIDE ? 0xffff : left > 
 
 INLINE int64_t blocks_of(const Product* p) { return (p->depth + BLOCK - 1) / BLOCK; }
 
-/* Two tiles' rows of the weight, block by block, the second tile's parts `tile` behind the first one's. Rows behind the
-last are it once more, so that they are numbers. */
+/* Two tiles' rows of the weight, block by block, the second tile's parts `tile` after the first one's. Rows after the
+last repeat it, so that they are numbers. */
 static void split_weight(const Product* p, const float* weight, int64_t rows, bf16* to, int64_t tile) {
   int64_t depth = p->depth;
   const float* ahead = weight + 2 * SIDE * depth;
@@ -97,7 +97,7 @@ static void split_weight(const Product* p, const float* weight, int64_t rows, bf
 
 /* --- x --- */
 
-#define GROUP 4 /* Tiles' columns that are read together, so that longer runs of x's rows are. */
+#define GROUP 4 /* Tiles of columns that are read together, so that longer runs of x's rows are read at once. */
 
 typedef struct {
   const Product* p;

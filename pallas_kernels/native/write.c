@@ -2,7 +2,7 @@
 
 #include "kernels.h"
 
-/* Tokens that are turned round together, and up to how many one thread does it. */
+/* Tokens whose values are transposed together, and the number of tokens up to which one thread does all. */
 #define BLOCK 16
 #define ALONE 64
 

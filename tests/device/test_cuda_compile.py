@@ -33,7 +33,7 @@ from eejax.device.decode import decode_chunk
 from eejax.device.decode_state import Asks, Plan
 from eejax.device.kv_cache import init_cache
 from eejax.model.transformer import param_shapes
-from pallas_kernels import KVProjection, control_flow
+from pallas_kernels import ExitedTokens, KVProjection, PagedKVCache, control_flow
 from pallas_kernels.implementation import VARIABLE
 
 PLUGINS = [name for name in ("jax_cuda13_plugin", "jax_cuda12_plugin") if importlib.util.find_spec(name)]
@@ -83,7 +83,8 @@ def attention_of(heads, kv_heads, dim, size, bias, norm):
     table, lengths, active = shaped(ROWS, WIDTH, dtype="int32"), shaped(ROWS, dtype="int32"), shaped(ROWS, dtype="bool")
 
     def call(q, k, v, table, lengths, active):
-        return pallas_kernels.paged_attention(q, k, v, table, lengths, layer=1, active=active, implementation="mosaic")
+        cache = PagedKVCache(k, v)
+        return pallas_kernels.paged_attention(q, cache, table, lengths, layer=1, active=active, implementation="mosaic")
 
     return call, (shaped(ROWS, heads, dim), pages, pages, table, lengths, active), ()
 
@@ -96,9 +97,8 @@ def fill_of(heads, kv_heads, dim, size, bias, norm):
     table, numbers = shaped(ROWS, WIDTH, dtype="int32"), shaped(ROWS, dtype="int32")
 
     def call(x, blocks, k, v, table, positions, from_block, freq):
-        return pallas_kernels.kv_fill(
-            x, blocks, k, v, table, positions, from_block, layers=(2, 0, 1), freq=freq, implementation="mosaic"
-        )
+        tokens, cache = ExitedTokens(x, positions, table, from_block), PagedKVCache(k, v)
+        return pallas_kernels.kv_fill(tokens, blocks, cache, layers=(2, 0, 1), freq=freq, implementation="mosaic")
 
     freq = shaped(dim // 2, dtype="float32")
     return call, (shaped(size, ROWS), [block] * 3, pages, pages, table, numbers, numbers, freq), (2, 3)

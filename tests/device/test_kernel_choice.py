@@ -15,9 +15,16 @@ from eejax.core import CacheConfig, EngineConfig
 from eejax.core.errors import ConfigError
 from eejax.device.kernels import choose_kernels
 from eejax.device.runner import Runner
-from pallas_kernels import KVProjection, implementation
-from pallas_kernels.api import check_page_ids
-from pallas_kernels.implementation import VARIABLE, Refusals, device_refusal, resolve
+from pallas_kernels import (
+    ExitedTokens,
+    KVProjection,
+    PagedKVCache,
+    check_page_ids,
+    device_refusal,
+    implementation,
+    resolve,
+)
+from pallas_kernels.implementation import VARIABLE, Refusals
 from tests.cases import random_model
 from tests.native_env import needs_native
 
@@ -223,6 +230,11 @@ def fill_arguments(tokens: int = 3, size: int = 8, heads: int = 2, dim: int = 4)
     }
 
 
+def fill(x, positions, page_table, from_block, blocks, k_pages, v_pages, **options) -> PagedKVCache:
+    tokens = ExitedTokens(x, positions, page_table, from_block)
+    return pallas_kernels.kv_fill(tokens, blocks, PagedKVCache(k_pages, v_pages), **options)
+
+
 def with_block(**changes: jax.Array) -> dict:
     good = fill_arguments()["blocks"][0]
     return {"blocks": [good, replace(good, **changes)]}
@@ -232,7 +244,7 @@ def with_block(**changes: jax.Array) -> dict:
     ("changes", "message"),
     [
         ({"x": jnp.ones((8, 3, 1))}, r"x must be \[D, N\], got \[8, 3, 1\]"),
-        ({"v_pages": jnp.zeros((3, 5, 2, 8, 4), jnp.bfloat16)}, "k_pages and v_pages must be alike"),
+        ({"v_pages": jnp.zeros((3, 5, 2, 8, 4), jnp.bfloat16)}, "cache.k and cache.v must be alike"),
         ({"page_table": jnp.zeros((2, 2), jnp.int32)}, r"page_table must be \[3, M\], one row per token.*\[2, 2\]"),
         ({"page_table": jnp.zeros((3, 2))}, "page_table must be integers, got float32"),
         ({"positions": jnp.arange(4)}, r"positions must be \[3\], got \[4\]"),
@@ -254,12 +266,12 @@ def with_block(**changes: jax.Array) -> dict:
 )
 def test_bad_arguments_of_kv_fill_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
-        pallas_kernels.kv_fill(**(fill_arguments() | changes))
+        fill(**(fill_arguments() | changes))
 
 
 def test_bad_rows_of_paged_attention_are_named():
     pages = jnp.zeros((1, 2, 1, 8, 4))
-    call = {"q": jnp.ones((2, 1, 4)), "k_pages": pages, "v_pages": pages, "layer": 0}
+    call = {"q": jnp.ones((2, 1, 4)), "cache": PagedKVCache(pages, pages), "layer": 0}
     call |= {"page_table": jnp.zeros((2, 1), jnp.int32), "lengths": jnp.ones(2, jnp.int32)}
     for active in (jnp.ones(3, bool), jnp.ones(2, jnp.int32)):
         with pytest.raises(ValueError, match=r"active must be bool\[2\], got"):

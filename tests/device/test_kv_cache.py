@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from eejax.core import CacheConfig
-from eejax.device.kv_cache import PagedKVCache, init_cache, page_bytes, slots_of, write
+from eejax.device.kv_cache import init_cache, page_bytes
+from pallas_kernels import PagedKVCache, slots_of, write
 from tests.cases import shape_config
 
 PAGES, PAGE = 7, 4

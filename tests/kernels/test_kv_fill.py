@@ -17,8 +17,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import pallas_kernels
-from pallas_kernels import KVProjection
-from pallas_kernels.api import kv_fill_refusals
+from pallas_kernels import ExitedTokens, KVProjection, PagedKVCache, kv_fill_refusals
 from pallas_kernels.implementation import VARIABLE
 from pallas_kernels.mosaic import kv_fill as kernel
 from tests.native_env import needs_native
@@ -92,9 +91,16 @@ class Case:
         }
 
 
+def fill_arrays(x, positions, page_table, from_block, blocks, k_pages, v_pages, **options) -> tuple:
+    """`kv_fill` of arrays; those of the cache come back."""
+    tokens, cache = ExitedTokens(x, positions, page_table, from_block), PagedKVCache(k_pages, v_pages)
+    filled = pallas_kernels.kv_fill(tokens, blocks, cache, **options)
+    return filled.k, filled.v
+
+
 def run(case: Case, given: dict, implementation: str) -> tuple[np.ndarray, np.ndarray]:
     def fill(given: dict) -> tuple[jax.Array, jax.Array]:
-        return pallas_kernels.kv_fill(**given, layers=case.layers, implementation=implementation)
+        return fill_arrays(**given, layers=case.layers, implementation=implementation)
 
     with interpreted() if implementation == "mosaic" and jax.default_backend() == "cpu" else contextlib.nullcontext():
         return tuple(np.asarray(pages) for pages in jax.jit(fill)(given))
@@ -268,9 +274,7 @@ def lowered(case: Case, loop: bool = False) -> str:
 
     def fill(pages: tuple, rest: dict) -> tuple:
         def once(pages: tuple) -> tuple:
-            return pallas_kernels.kv_fill(
-                k_pages=pages[0], v_pages=pages[1], **rest, layers=case.layers, implementation="mosaic"
-            )
+            return fill_arrays(k_pages=pages[0], v_pages=pages[1], **rest, layers=case.layers, implementation="mosaic")
 
         if not loop:
             return once(pages)
@@ -359,7 +363,7 @@ def test_pages_of_more_than_2_to_the_31_elements():
     for name in ("k_pages", "v_pages"):
         moved[name] = jnp.zeros((2, far + case.num_pages, 8, 64, 128), jnp.bfloat16)
     filled = jax.jit(
-        lambda k_pages, v_pages, rest: pallas_kernels.kv_fill(
+        lambda k_pages, v_pages, rest: fill_arrays(
             k_pages=k_pages, v_pages=v_pages, **rest, layers=case.layers, implementation="mosaic"
         ),
         donate_argnums=(0, 1),

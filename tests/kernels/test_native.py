@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import Best, Norm, Slots, cache_folder, head, write
+from pallas_kernels import Best, Norm, PagedKVCache, Slots, cache_folder, head, write
 from pallas_kernels import linear as product
 from pallas_kernels.implementation import VARIABLE
 from pallas_kernels.native import library, ops
@@ -224,7 +224,7 @@ def test_keys_are_written_in_place_and_nowhere_else(heads, size, dim, tokens):
         expected[1, ids[token], :, offsets[token]] = values[:, :, token]
 
     def write_there(pages, ids, offsets, values):
-        return write(pages, 1, Slots(ids, offsets), values)
+        return write(PagedKVCache(pages, jnp.zeros_like(pages)), 1, Slots(ids, offsets), values, values).k
 
     donated = jnp.array(pages)
     place = donated.unsafe_buffer_pointer()
@@ -241,7 +241,7 @@ def test_no_queries():
     pages = jnp.ones((1, 2, 1, 8, 16))
     none = jnp.zeros(0, jnp.int32)
     q = jnp.zeros((0, 4, 16))
-    options = {"layer": 0, "scale": None, "sliding_window": None}
+    options = {"layer": 0, "sliding_window": None}
     assert ops.attention(q, pages, pages, jnp.zeros((1, 2), jnp.int32), none, none, **options).shape == q.shape
 
 
@@ -363,9 +363,7 @@ def work() -> list[jax.Array]:
     ):
         q = jnp.asarray(normal(len(rows), 6, 64))
         found.append(
-            ops.attention(
-                q, *pages, table, jnp.asarray(rows), jnp.asarray(positions), layer=0, scale=None, sliding_window=None
-            )
+            ops.attention(q, *pages, table, jnp.asarray(rows), jnp.asarray(positions), layer=0, sliding_window=None)
         )
     return found
 

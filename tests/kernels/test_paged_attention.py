@@ -19,7 +19,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import pallas_kernels
-from pallas_kernels import reference
+from pallas_kernels import PagedKVCache, reference
 from pallas_kernels.mosaic import paged_attention as mosaic
 from tests.native_env import needs_native
 
@@ -79,13 +79,13 @@ COPIES = 26
 """The native kernel takes tokens of a row together only where there are many: so often are those of a test repeated."""
 
 
-def row_by_row(q, k_pages, v_pages, page_table, positions, **options) -> jax.Array:
+def row_by_row(q, cache, page_table, positions, **options) -> jax.Array:
     """The native kernel on several queries a row: tokens of one row behind those of another."""
     rows = jnp.repeat(jnp.arange(q.shape[0]), q.shape[1])
     flat = q.reshape(-1, *q.shape[2:])
     many, many_rows, many_positions = (jnp.concatenate([a] * COPIES) for a in (flat, rows, positions.reshape(-1)))
     found = pallas_kernels.ragged_paged_attention(
-        many, k_pages, v_pages, page_table, many_rows, many_positions, **options, implementation="native"
+        many, cache, page_table, many_rows, many_positions, **options, implementation="native"
     )
     return found[: len(flat)].reshape(q.shape)
 
@@ -140,8 +140,11 @@ class Problem:
     page_table: np.ndarray  # [B M]
     positions: np.ndarray
     layer: int = 1
-    scale: float | None = None
     sliding_window: int | None = None
+
+    @property
+    def cache(self) -> PagedKVCache:
+        return PagedKVCache(jnp.asarray(self.k_pages), jnp.asarray(self.v_pages))
 
     def slots(self, row: int, query: int) -> range:
         """What one query sees."""
@@ -153,7 +156,6 @@ class Problem:
         out = np.zeros(self.q.shape)
         page_size = self.k_pages.shape[3]
         group = self.q.shape[2] // self.k_pages.shape[2]
-        scale = self.q.shape[3] ** -0.5 if self.scale is None else self.scale
         for row, query in np.ndindex(self.positions.shape):
             slots = np.array(self.slots(row, query), int)
             pages, offsets = self.page_table[row, slots // page_size], slots % page_size
@@ -162,19 +164,18 @@ class Problem:
                     cached[self.layer, pages, head // group, offsets].astype(np.float64)
                     for cached in (self.k_pages, self.v_pages)
                 )
-                scores = scale * (k @ self.q[row, query, head].astype(np.float64))
+                scores = self.q.shape[3] ** -0.5 * (k @ self.q[row, query, head].astype(np.float64))
                 weights = np.exp(scores - scores.max())
                 out[row, query, head] = weights @ v / weights.sum()
         return out
 
     def found(self, **options) -> np.ndarray:
         decode, prefill = compiled(self.implementation)
-        arrays = [jnp.asarray(a) for a in (self.q, self.k_pages, self.v_pages, self.page_table, self.positions)]
-        options |= {"layer": self.layer, "scale": self.scale, "sliding_window": self.sliding_window}
+        q, table, positions = map(jnp.asarray, (self.q, self.page_table, self.positions))
+        options |= {"layer": self.layer, "sliding_window": self.sliding_window}
         if self.q.shape[1] > 1:
-            return np.asarray(prefill(*arrays, **options), np.float64)
-        q, *rest, positions = arrays
-        return np.asarray(decode(q[:, 0], *rest, positions[:, 0] + 1, **options)[:, None], np.float64)
+            return np.asarray(prefill(q, self.cache, table, positions, **options), np.float64)
+        return np.asarray(decode(q[:, 0], self.cache, table, positions[:, 0] + 1, **options)[:, None], np.float64)
 
     def check(self) -> np.ndarray:
         found = self.found()
@@ -191,7 +192,7 @@ class Problem:
 @functools.cache
 def compiled(implementation: str):
     of = IMPLEMENTATIONS[implementation]
-    return [jax.jit(f, static_argnames=("layer", "scale", "sliding_window")) for f in (of.decode, of.prefill)]
+    return [jax.jit(f, static_argnames=("layer", "sliding_window")) for f in (of.decode, of.prefill)]
 
 
 def problem(
@@ -282,13 +283,10 @@ def test_tables_lengths_and_sharing_are_data(implementation, make):
 
 
 @kinds
-@pytest.mark.parametrize(("layer", "scale"), [(0, None), (2, 0.04)])
-def test_layer_and_scale(implementation, make, layer, scale):
+@pytest.mark.parametrize("layer", [0, 2])
+def test_layers(implementation, make, layer):
     """All other layers are NaN, so a wrong one shows."""
-    given = make(implementation, "gqa", layer=layer, scale=scale)
-    found = given.check()
-    if scale is not None:
-        assert not given.close(found, replace(given, scale=None).expected())
+    make(implementation, "gqa", layer=layer).check()
 
 
 def windows(implementation: str) -> list[int]:
@@ -365,8 +363,8 @@ def test_only_pages_within_reach_are_visited(monkeypatch, positions, window, pag
 
     monkeypatch.setattr(jax.lax, "fori_loop", counted)
     given = problem("xla", HEADS["mqa"], positions, sliding_window=window)
-    arrays = (given.q, given.k_pages, given.v_pages, given.page_table, given.positions)
-    found = XLA.prefill(*map(jnp.asarray, arrays), layer=given.layer, sliding_window=window)
+    q, table, last = map(jnp.asarray, (given.q, given.page_table, given.positions))
+    found = XLA.prefill(q, given.cache, table, last, layer=given.layer, sliding_window=window)
     np.testing.assert_allclose(found, given.expected(), rtol=0, atol=TOLERANCES["float32"])
     assert trips == [pages]
 
@@ -381,7 +379,8 @@ def test_padding_queries_give_zeros():
 @suite
 def test_scores_of_any_size(implementation):
     """Softmax is taken relative to the largest score: e**400 would overflow."""
-    given = one_query_each(implementation, "gqa", scale=100.0)
+    given = one_query_each(implementation, "gqa")
+    given = replace(given, q=given.q * np.float32(100 * given.q.shape[-1] ** 0.5))
     if given.k_pages.dtype == np.float32:
         np.testing.assert_allclose(given.found(), given.expected(), rtol=0, atol=1e-3)
     else:
@@ -394,7 +393,7 @@ def test_scores_of_any_size(implementation):
 def test_result_has_the_dtype_of_the_queries(implementation):
     other = IMPLEMENTATIONS[implementation].dtypes[-1]
     given = one_query_each(implementation, "mqa", other)
-    arrays = (given.k_pages, given.v_pages, given.page_table, given.positions[:, 0] + 1)
+    arrays = (given.cache, given.page_table, given.positions[:, 0] + 1)
     decode, _ = compiled(implementation)
     for dtype in (jnp.dtype("float32"), jnp.dtype(other)):
         q = jax.ShapeDtypeStruct(given.q[:, 0].shape, dtype)
@@ -437,7 +436,7 @@ def test_entries_that_no_row_needs_are_not_looked_up(implementation):
 def ragged(implementation: str) -> Callable:
     return jax.jit(
         functools.partial(pallas_kernels.ragged_paged_attention, implementation=implementation),
-        static_argnames=("layer", "scale", "sliding_window"),
+        static_argnames=("layer", "sliding_window"),
     )
 
 
@@ -447,9 +446,9 @@ def check_ragged(implementation: str, given: Problem, rows: np.ndarray, queries:
         rows, queries = np.tile(rows, COPIES), np.tile(queries, COPIES)
     padding = rows < 0
     positions = np.where(padding, -1, given.positions[rows, queries])
-    arrays = given.q[rows, queries], given.k_pages, given.v_pages, given.page_table, np.maximum(rows, 0), positions
-    options = {"layer": given.layer, "scale": given.scale, "sliding_window": given.sliding_window}
-    found = np.asarray(ragged(implementation)(*map(jnp.asarray, arrays), **options), np.float64)
+    arrays = given.q[rows, queries], given.cache, given.page_table, np.maximum(rows, 0), positions
+    options = {"layer": given.layer, "sliding_window": given.sliding_window}
+    found = np.asarray(ragged(implementation)(*jax.tree.map(jnp.asarray, arrays), **options), np.float64)
     expected = np.where(padding[:, None, None], 0, given.expected()[rows, queries])
     assert np.all(found[positions < 0] == 0)
     np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCES[given.k_pages.dtype.name])
@@ -578,7 +577,9 @@ def test_the_kernel_says_what_it_does_not_take(q, pages, parts):
     assert all(part in str(reason) for part in parts) and (reason is None) == (not parts)
     if parts:
         with pytest.raises(ValueError) as caught:
-            mosaic.paged_attention(q, pool, pool, jnp.zeros((3, 2), jnp.int32), jnp.zeros(3, jnp.int32), layer=0)
+            mosaic.paged_attention(
+                q, PagedKVCache(pool, pool), jnp.zeros((3, 2), jnp.int32), jnp.zeros(3, jnp.int32), layer=0
+            )
         assert str(caught.value) == reason
 
 
@@ -596,7 +597,8 @@ def arguments(**changes) -> dict:
         "lengths": ((3,), jnp.int32),
     }
     shapes |= {name: value for name, value in changes.items() if name in shapes}
-    arrays = {name: jnp.zeros(shape, dtype) for name, (shape, dtype) in shapes.items()}
+    arrays: dict = {name: jnp.zeros(shape, dtype) for name, (shape, dtype) in shapes.items()}
+    arrays["cache"] = PagedKVCache(arrays.pop("k_pages"), arrays.pop("v_pages"))
     return arrays | {"layer": changes.get("layer", 0), "sliding_window": changes.get("sliding_window")}
 
 
@@ -604,9 +606,9 @@ def arguments(**changes) -> dict:
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        ({"v_pages": ((LAYERS, 4, 2, PAGE, DIM), jnp.float32)}, ["k_pages", "v_pages", "[3, 4, 2, 8, 16]"]),
-        ({"v_pages": (POOL, jnp.bfloat16)}, ["k_pages", "v_pages", "float32", "bfloat16"]),
-        ({"k_pages": (POOL[1:], jnp.float32), "v_pages": (POOL[1:], jnp.float32)}, ["k_pages", "[L, P, K, S, C]"]),
+        ({"v_pages": ((LAYERS, 4, 2, PAGE, DIM), jnp.float32)}, ["cache.k", "cache.v", "[3, 4, 2, 8, 16]"]),
+        ({"v_pages": (POOL, jnp.bfloat16)}, ["cache.k", "cache.v", "float32", "bfloat16"]),
+        ({"k_pages": (POOL[1:], jnp.float32), "v_pages": (POOL[1:], jnp.float32)}, ["cache.k", "[L, P, K, S, C]"]),
         ({"q": ((3, 4, DIM + 2), jnp.float32)}, ["q ", str(DIM + 2), str(DIM)]),
         ({"q": ((3, 5, DIM), jnp.float32)}, ["q ", "5 heads", "multiple"]),
         ({"page_table": ((2, WIDTH), jnp.int32)}, ["page_table", "[3, M]", "[2, 4]"]),
