@@ -2,7 +2,8 @@
 
 JAX's own cache saves the next start the compiler, but its key is the program's text, which has to be traced and lowered
 first. The file of a program is found by what the text is made of: its sources, the model, the machine. On the demo
-(two cores) the first answer comes 2 s sooner, and all programs of 32 slots are ready 8.5 s sooner.
+(two cores) the first answer comes after 5.4 s instead of 7.5, and all programs of 32 slots are ready after 6.9 s
+instead of 15.7.
 """
 
 from __future__ import annotations
