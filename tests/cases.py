@@ -13,8 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eejax.core import ExitConfig, ModelConfig, RopeScaling
-from eejax.core.params import DecayingThreshold, EarlyExitParams
+from eejax.core import DecayingThreshold, EarlyExitParams, ExitConfig, ModelConfig, RopeScaling
 from eejax.model.transformer import param_shapes
 from tests.reference import Reference, ReferenceResult, confidence, generate
 

@@ -21,8 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eejax.core import ModelConfig
-from eejax.core.params import DecayingThreshold, EarlyExitParams
+from eejax.core import DecayingThreshold, EarlyExitParams, ModelConfig
 
 
 @dataclass(frozen=True)

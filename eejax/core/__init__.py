@@ -19,6 +19,16 @@ from eejax.core.checks import (
     with_help,
 )
 from eejax.core.config import ExitConfig, ExitHeadKind, ModelConfig, RopeScaling
+from eejax.core.early_exit import (
+    CALIBRATED,
+    LOGIT_MEASURES,
+    MAX_CONFIDENCE,
+    MEASURES,
+    MODEL_MEASURES,
+    DecayingThreshold,
+    EarlyExitParams,
+    Measure,
+)
 from eejax.core.engine_config import (
     DTYPES,
     MIN_PREFILL_BUCKET,
@@ -42,18 +52,7 @@ from eejax.core.errors import (
     TokenizerError,
 )
 from eejax.core.lengths import LEVELS, LengthEstimate
-from eejax.core.params import (
-    CALIBRATED,
-    LOGIT_MEASURES,
-    MAX_CONFIDENCE,
-    MAX_LOGPROBS,
-    MEASURES,
-    MODEL_MEASURES,
-    DecayingThreshold,
-    EarlyExitParams,
-    Measure,
-    SamplingParams,
-)
+from eejax.core.params import MAX_LOGPROBS, SamplingParams
 from eejax.core.replacing import replacing_file, replacing_folder
 from eejax.core.request import (
     COUNTERS,

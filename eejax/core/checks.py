@@ -45,6 +45,14 @@ def require_seed(owner: str, seed: object) -> None:
     require(valid, f"{owner}.seed must be an integer in 0..2**32-1, got {seed!r}")
 
 
+def require_number(owner: str, name: str, value: object, low: float, high: float, allowed: str) -> None:
+    """Raise `ConfigError` unless `value` is a number in `low..high`; `allowed` says so in words."""
+    require(
+        is_number(value) and low <= value <= high,  # pyright: ignore[reportOperatorIssue]
+        f"{owner}.{name} must be {allowed}, got {value!r}",
+    )
+
+
 def require_choice(owner: str, kind: Any, **values: object) -> None:
     """Raise `ConfigError` for any value that is not one of the `Literal` type `kind`."""
     for name, value in values.items():

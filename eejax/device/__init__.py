@@ -6,15 +6,9 @@ function of explicit state.
 
 from __future__ import annotations
 
-from eejax.device.kernels import choose_kernels
-from eejax.device.kv_cache import (
-    default_num_pages,
-    init_cache,
-    page_bytes,
-    resolve_dtype,
-)
 from eejax.device.programs import use_compilation_cache
 from eejax.device.runner import Runner
+from eejax.device.setup import choose_kernels, default_num_pages, init_cache, page_bytes, resolve_dtype
 
 __all__ = [
     "Runner",

@@ -32,10 +32,9 @@ from eejax.core import (
 from eejax.device.batch_arrays import limits_of, logprobs_of, prefill_tokens, rows_of, state_of
 from eejax.device.decode import decode_chunk
 from eejax.device.decode_state import ANYTHING, Asks, Plan
-from eejax.device.kernels import choose_kernels
-from eejax.device.kv_cache import init_cache
 from eejax.device.prefill import prefill
 from eejax.device.programs import Compiled, ProgramFiles, use_compilation_cache
+from eejax.device.setup import choose_kernels, init_cache
 from pallas_kernels import use_huge_pages
 
 if TYPE_CHECKING:

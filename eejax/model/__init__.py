@@ -9,18 +9,19 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from eejax.model.dense import attend_causal, exit_features
+from eejax.model.lazy import load_lazily
 from eejax.model.param_tree import LazyArray, compare, leaves, rebuild
 from eejax.model.transformer import (
     INIT_SCALE,
     Block,
     EarlyExitTransformer,
-    attend_causal,
     bind,
     count_params,
     init_params,
     param_shapes,
 )
-from eejax.model.weights import is_huggingface, load_checkpoint, load_config, load_lazily
+from eejax.model.weights import is_huggingface, load_checkpoint, load_config
 
 if TYPE_CHECKING:
     from eejax.model.exit_heads import add_exits
@@ -38,6 +39,7 @@ __all__ = [
     "check_target",
     "compare",
     "count_params",
+    "exit_features",
     "init_params",
     "is_huggingface",
     "leaves",

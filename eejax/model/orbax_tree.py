@@ -7,11 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 
 from eejax.core import CheckpointError
-from eejax.model.param_tree import LazyArray, compare, leaves, rebuild, shapes
+from eejax.model.param_tree import compare, leaves, rebuild, shapes
 
 
 def load_tree(path: str | Path, like: dict, dtype: Any = None) -> dict:
@@ -26,40 +25,18 @@ def load_tree(path: str | Path, like: dict, dtype: Any = None) -> dict:
         CheckpointError: a leaf is missing, extra or misshaped, or a file is missing or corrupt.
     """
     path = Path(path).absolute()
-    _stored(path, like)
+    stored_leaves(path, like)
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
-    def restore(leaf: Any) -> ocp.ArrayRestoreArgs:
+    def wish(leaf: Any) -> ocp.ArrayRestoreArgs:
         floating = jnp.issubdtype(leaf.dtype, jnp.floating)
         return ocp.ArrayRestoreArgs(sharding=sharding, dtype=dtype if dtype and floating else leaf.dtype)
 
-    args = ocp.args.PyTreeRestore(restore_args=jax.tree.map(restore, string_keys(like)))
-    return rebuild(like, dict(leaves(_restore(path, args))))
+    args = ocp.args.PyTreeRestore(restore_args=jax.tree.map(wish, string_keys(like)))
+    return rebuild(like, dict(leaves(restore(path, args))))
 
 
-def lazy_tree(path: str | Path, like: dict) -> dict:
-    """What `save_tree` wrote as a tree of `LazyArray` in the dtypes stored, each read when its `read` is called.
-
-    Raises:
-        CheckpointError: as `load_tree`; for a corrupt file when the leaf is read.
-    """
-    path = Path(path).absolute()
-
-    def lazy(name: str, stored: Any) -> LazyArray:
-        def read() -> np.ndarray:
-            item: Any = jax.ShapeDtypeStruct(stored.shape, stored.dtype)
-            wish: Any = ocp.RestoreArgs(restore_type=np.ndarray)
-            for key in reversed(name.split(".")):
-                item, wish = {key: item}, {key: wish}
-            args = ocp.args.PyTreeRestore(item=item, restore_args=wish, partial_restore=True)
-            return dict(leaves(_restore(path, args)))[name]
-
-        return LazyArray(tuple(stored.shape), np.dtype(stored.dtype), read)
-
-    return rebuild(like, {name: lazy(name, stored) for name, stored in _stored(path, like).items()})
-
-
-def _stored(path: Path, like: dict) -> dict[str, Any]:
+def stored_leaves(path: Path, like: dict) -> dict[str, Any]:
     """Orbax's metadata of all leaves, after a check that they are those of `like`."""
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True)) as checkpointer:
         try:
@@ -70,7 +47,8 @@ def _stored(path: Path, like: dict) -> dict[str, Any]:
     return found
 
 
-def _restore(path: Path, args: ocp.args.PyTreeRestore) -> Any:
+def restore(path: Path, args: ocp.args.PyTreeRestore) -> Any:
+    """What Orbax reads. Raises `CheckpointError`."""
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True)) as checkpointer:
         try:
             return checkpointer.restore(path, args=args)

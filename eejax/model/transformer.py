@@ -16,7 +16,6 @@ a function, since only they know where keys and values are kept.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import jax
@@ -281,46 +280,6 @@ class EarlyExitTransformer(nnx.Module):
         """What decoding needs of the logits at exit point `layer`, see `pallas_kernels.head`."""
         matrix = self.output_matrix(layer)
         return head(matrix, features, active=active, logits=logits, wanted=wanted, confidence=confidence)
-
-    def exit_features(
-        self, tokens: Int[Array, "B T"], dtype: jnp.dtype | None = None, remat: bool = False
-    ) -> dict[int, Float[Array, "D B T"]]:
-        """Full-depth causal forward over whole rows, without a cache: features at every exit point, for training.
-
-        Args:
-            tokens: rows that start at position 0; padding comes after the text.
-            dtype: dtype of the residual stream; the embedding's own when not given.
-            remat: recompute each block in the backward pass instead of keeping its activations.
-        """
-        x = self.embed(tokens)
-        x = x if dtype is None else x.astype(dtype)
-        turn = self.rotation(jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
-        found: dict[int, Array] = {}
-
-        def run(block: Block, x: Array, window: int | None) -> tuple[Array, Array]:
-            attend = functools.partial(attend_causal, window=window)
-            out, middle, _ = block(x, turn, attend, None)
-            return out, middle
-
-        step = nnx.remat(run, static_argnums=2) if remat else run
-        for number, block in enumerate(self.blocks, start=1):
-            x, middle = step(block, x, self.config.window_of(number - 1))
-            if number in self.config.exit_points:
-                found[number] = self.features(number, x, middle, lambda block, x: step(block, x, None)[0])
-        return found
-
-
-def attend_causal(q: Array, k: Array, v: Array, cache: None, *, window: int | None) -> tuple[Array, None]:
-    """Causal attention within each row and window: `q [H, C, B, T]`, `k, v [K, C, B, T]`; softmax in float32."""
-    heads, dim, rows, length = q.shape
-    q = q.reshape(k.shape[0], heads // k.shape[0], dim, rows, length)
-    scores = jnp.einsum("kgcbt,kcbs->bkgts", q, k, preferred_element_type=jnp.float32) * dim**-0.5
-    seen = jnp.tril(jnp.ones((length, length), bool))
-    if window is not None:
-        seen = jnp.triu(seen, 1 - window)
-    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1).astype(v.dtype)
-    o = jnp.einsum("bkgts,kcbs->kgcbt", weights, v, preferred_element_type=jnp.float32)
-    return o.reshape(heads, dim, rows, length).astype(q.dtype), cache
 
 
 def init_params(config: ModelConfig, seed: int = 0) -> dict:

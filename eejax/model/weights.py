@@ -70,15 +70,3 @@ def load_checkpoint(path: str | Path, dtype: Any = jnp.float32) -> tuple[ModelCo
     from eejax.model.orbax_tree import load_tree
 
     return config, load_tree(Path(path) / WEIGHTS_DIR, param_shapes(config), dtype)
-
-
-def load_lazily(path: str | Path) -> tuple[ModelConfig, dict]:
-    """`load_checkpoint` with a tree of `LazyArray` in the dtypes stored: only metadata is read, and checked."""
-    if is_huggingface(path):
-        from eejax.model import huggingface
-
-        return huggingface.load_lazily(path)
-    config = load_config(path)
-    from eejax.model.orbax_tree import lazy_tree
-
-    return config, lazy_tree(Path(path) / WEIGHTS_DIR, param_shapes(config))

@@ -17,8 +17,9 @@ from eejax.schedule.length_predictor import (
     said_number,
 )
 from eejax.schedule.page_allocator import PageAllocator, pages_needed
-from eejax.schedule.policy import Policy, Selection, Static
+from eejax.schedule.policy import Policy, Selection
 from eejax.schedule.scheduler import Scheduler
+from eejax.schedule.static_policy import Static
 from eejax.schedule.step_cost import StepCost
 
 __all__ = [

@@ -5,8 +5,6 @@ No jax here.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 
 import numpy as np
@@ -143,27 +141,3 @@ class PageAllocator:
                 raise PageError(f"cannot {what} page {page}: pages are 0..{self.num_pages - 1}")
             if self._references[page] == 0:
                 raise PageError(f"cannot {what} page {page}: it is free")
-
-    def check_integrity(self, owners: Iterable[Seq[int]] | None = None) -> None:
-        """Verify that every page is either free or referred to, and by exactly as many as `owners` says.
-
-        Args:
-            owners: the page lists of all sequences that hold pages; None checks the allocator's own books only.
-
-        Raises:
-            PageError: naming the first page that does not add up.
-        """
-        times_free = Counter(self._free)
-        for page, references in enumerate(self._references):
-            if references < 0 or times_free[page] != (references == 0):
-                raise PageError(f"page {page} has {references} references and is {times_free[page]} times free")
-        if len(times_free) != sum(references == 0 for references in self._references):
-            raise PageError(f"the free list names pages that do not exist: {sorted(times_free)}")
-        if owners is None:
-            return
-        held = Counter(page for pages in owners for page in pages)
-        for page, references in enumerate(self._references):
-            if held.pop(page, 0) != references:
-                raise PageError(f"page {page} has {references} references, but its owners do not hold as many")
-        if held:
-            raise PageError(f"owners hold pages that do not exist: {sorted(held)}")

@@ -1,6 +1,6 @@
 """Scheduling policies: what the scheduler decides by preference rather than by necessity. No jax here.
 
-`FirstComeFirstServed` and `Static` are here; the policy that knows lengths is `eejax.schedule.length_policy`.
+`FirstComeFirstServed` is here; `static_policy.py` has a baseline, `length_policy.py` the policy that knows lengths.
 """
 
 from __future__ import annotations
@@ -94,31 +94,3 @@ class FirstComeFirstServed(Policy):
     def victim(self, held: Seq[Sequence]) -> Sequence:
         """The youngest, of the lowest priority."""
         return max(held, key=lambda seq: (seq.request.priority, seq.number))
-
-
-class Static(FirstComeFirstServed):
-    """A batch runs until its longest answer ends, finished rows computed along; then the next batch begins.
-
-    Pages are reserved for the longest answer that a request allows. The baseline of Zheng et al. (arXiv 2305.13144).
-    """
-
-    fills_first = True
-
-    def __init__(self, max_num_seqs: int, max_chunk_steps: int) -> None:
-        super().__init__(max_num_seqs, max_chunk_steps)
-        self._batch: frozenset[Sequence] = frozenset()  # that decodes, finished rows included
-
-    def may_join(self, seq: Sequence, held: Seq[Sequence]) -> bool:
-        """Whether the batch has not begun to decode, and is not full."""
-        return self._batch.isdisjoint(held) and len(held) < self._max_num_seqs
-
-    def steps_to_reserve(self, seq: Sequence) -> int:
-        """The whole budget."""
-        return seq.remaining
-
-    def select(self, held: Seq[Sequence], longest: int) -> Selection:
-        """All unfinished rows of the batch, at the batch's width."""
-        if self._batch.isdisjoint(held):
-            self._batch = frozenset(held)
-        self.width = len(self._batch)
-        return Selection(list(held), longest)

@@ -37,7 +37,7 @@ from eejax.schedule.page_allocator import (
     missing_pages,
     pages_to_share,
 )
-from eejax.schedule.policy import FirstComeFirstServed, Policy, Static
+from eejax.schedule.policy import FirstComeFirstServed, Policy
 from eejax.schedule.step_cost import StepCost
 from eejax.schedule.waiting_queue import WaitingQueue
 
@@ -48,8 +48,11 @@ def make_policy(config: SchedulerConfig, *, page_size: int, cost: StepCost) -> P
         from eejax.schedule.length_policy import LengthPolicy
 
         return LengthPolicy(config, page_size=page_size, cost=cost)
-    kind = Static if config.policy == "static" else FirstComeFirstServed
-    return kind(config.max_num_seqs, config.max_chunk_steps)
+    if config.policy == "static":
+        from eejax.schedule.static_policy import Static
+
+        return Static(config.max_num_seqs, config.max_chunk_steps)
+    return FirstComeFirstServed(config.max_num_seqs, config.max_chunk_steps)
 
 
 class Scheduler:

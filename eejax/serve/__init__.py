@@ -8,7 +8,8 @@ from __future__ import annotations
 from eejax.serve.calibration import Calibration, MeasureCalibration, fingerprint, load_calibration, save_calibration
 from eejax.serve.engine import Engine
 from eejax.serve.exit_cost import PartSizes, asked_and_left, exit_costs
-from eejax.serve.llm import LLM, StreamDelta
+from eejax.serve.llm import LLM
+from eejax.serve.stream import StreamDelta
 
 __all__ = [
     "LLM",

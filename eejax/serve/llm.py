@@ -8,9 +8,8 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Concatenate, Self
+from typing import TYPE_CHECKING, Any, Concatenate, Self
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,6 @@ import jax.numpy as jnp
 from eejax.core import (
     EngineOptions,
     ExitCostWarning,
-    FinishReason,
     InvalidRequestError,
     ModelConfig,
     PromptLike,
@@ -33,24 +31,10 @@ from eejax.schedule import LengthPredictor, load_length_heads, make_predictor
 from eejax.serve.engine import Engine, EngineStats
 from eejax.text import Message, Tokenizer, has_tokenizer, load_end_tokens, load_tokenizer
 
+if TYPE_CHECKING:
+    from eejax.serve.stream import StreamDelta
+
 log = logging.getLogger(__name__)
-
-STREAM_STEPS = 4
-"""Decode steps between two pieces of a streamed answer: few, so that text flows; more than one, to spare the host."""
-
-
-@dataclass(frozen=True, slots=True)
-class StreamDelta:
-    """A piece of a streamed answer: new text that is final, and new tokens with their exit layers.
-
-    Text may come later than its tokens, where a character or a possible stop string is still incomplete.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    exit_layers: tuple[int, ...]
-    finish_reason: FinishReason | None
-
 
 type _Constructor[**P] = Callable[Concatenate[LLM, str | os.PathLike[str], P], None]
 
@@ -269,29 +253,11 @@ class LLM:
         params = SamplingParams() if params is None else params
         if isinstance(params, SamplingParams) and params.n != 1:
             raise InvalidRequestError(f"stream answers once, got n={params.n}")
-        deltas = self._deltas(self.engine.add_request(prompt, params))
+        from eejax.serve.stream import deltas_of
+
+        deltas = deltas_of(self.engine.add_request(prompt, params), self._news, self._step, self._abort_all)
         next(deltas)  # enter the `try`, so that closing the iterator before the first piece also aborts the request
         return deltas
-
-    def _deltas(self, request: str) -> Iterator[StreamDelta]:
-        shown, seen, finished = 0, 0, False
-        self._news[request] = None
-        try:
-            yield StreamDelta("", (), (), None)
-            while not finished:
-                output, self._news[request] = self._news[request], None
-                if output is None:
-                    self._step(STREAM_STEPS)
-                    continue
-                answer, finished = output.outputs[0], output.finished
-                yield StreamDelta(
-                    answer.text[shown:], answer.token_ids[seen:], answer.exit_layers[seen:], answer.finish_reason
-                )
-                shown, seen = len(answer.text), len(answer.token_ids)
-        finally:
-            del self._news[request]
-            if not finished:
-                self._abort_all([request])
 
     def _step(self, max_steps: int | None = None) -> list[RequestOutput]:
         """One step of the engine, for any caller; outputs of open streams are kept until the streams read them."""

@@ -10,6 +10,7 @@ from bench.paper import PaperScheduler
 from eejax.core import SchedulerConfig
 from eejax.core.lengths import LengthEstimate
 from eejax.schedule.page_allocator import PageAllocator
+from tests.pages import check_integrity
 from tests.schedule.test_scheduler import STOP, FakeDevice, kinds, make_request, run_all, step
 
 PAGE = 4
@@ -169,10 +170,10 @@ def test_everything_is_answered_once_whatever_is_predicted(requests, options, nu
         rows += submit(scheduler, device, [length], prompt=prompt, budget=120, predicted=[predicted])
         for _ in range(wait):
             step(scheduler, device)
-            allocator.check_integrity([row.pages for row in rows])
+            check_integrity(allocator, [row.pages for row in rows])
     while scheduler.has_work:
         step(scheduler, device)
-        allocator.check_integrity([row.pages for row in rows])
+        check_integrity(allocator, [row.pages for row in rows])
         steps += 1
         assert steps < 10_000
     assert [row.output_token_ids for row in rows] == [device.answers[row] for row in rows]

@@ -20,6 +20,7 @@ from checkpoints.convert_hf import convert, reverse
 from eejax.core import ExitConfig
 from eejax.core.errors import CheckpointError, ConfigError
 from eejax.model import weights_writer
+from eejax.model.dense import exit_features
 from eejax.model.huggingface.tensors import open_folder
 from eejax.model.param_tree import LazyArray
 from eejax.model.transformer import bind
@@ -129,7 +130,7 @@ def test_added_exits_equal_the_shared_head(tmp_path: Path, shape: str, head: str
     shared = bind(dataclasses.replace(plain, exits=ExitConfig((1, 3))), params)
     model = bind(*load_checkpoint(tmp_path / "eejax"))
     tokens = jnp.arange(12)[None] % config.vocab_size
-    found, expected = model.exit_features(tokens), shared.exit_features(tokens)
+    found, expected = exit_features(model, tokens), exit_features(shared, tokens)
     for layer in config.exit_points:
         a, b = model.logits(layer, found[layer]), shared.logits(layer, expected[layer])
         np.testing.assert_allclose(a, b, atol=1e-5)

@@ -7,10 +7,20 @@ import math
 
 import pytest
 
-from eejax.core import CacheConfig, EngineConfig, EngineOptions, ExitConfig, ModelConfig, RopeScaling, SchedulerConfig
+from eejax.core import (
+    CacheConfig,
+    DecayingThreshold,
+    EarlyExitParams,
+    EngineConfig,
+    EngineOptions,
+    ExitConfig,
+    ModelConfig,
+    RopeScaling,
+    SamplingParams,
+    SchedulerConfig,
+)
 from eejax.core.checks import from_mapping, help_of
 from eejax.core.errors import ConfigError, EejaxError, InvalidRequestError
-from eejax.core.params import DecayingThreshold, EarlyExitParams, SamplingParams
 
 NAN, INF = math.nan, math.inf
 INTEGERS = [0, -1, 1.5, True, "3", None]

@@ -31,7 +31,7 @@ from eejax.core.xla_flags import compiler_options
 from eejax.device.batch_arrays import limits_of, rows_of, state_of
 from eejax.device.decode import decode_chunk
 from eejax.device.decode_state import Asks, Plan
-from eejax.device.kv_cache import init_cache
+from eejax.device.setup import init_cache
 from eejax.model.transformer import param_shapes
 from pallas_kernels import ExitedTokens, KVProjection, PagedKVCache, control_flow
 from pallas_kernels.implementation import VARIABLE

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eejax.core.params import LOGIT_MEASURES, MEASURES
+from eejax.core import LOGIT_MEASURES, MEASURES
 from eejax.device import exits
 from eejax.device.decode_state import ExitRows
 from eejax.device.exits import Observation

@@ -13,8 +13,8 @@ import pytest
 import pallas_kernels
 from eejax.core import CacheConfig, EngineConfig
 from eejax.core.errors import ConfigError
-from eejax.device.kernels import choose_kernels
 from eejax.device.runner import Runner
+from eejax.device.setup import choose_kernels
 from pallas_kernels import (
     ExitedTokens,
     KVProjection,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from eejax.core import CacheConfig
-from eejax.device.kv_cache import init_cache, page_bytes
+from eejax.device.setup import init_cache, page_bytes
 from pallas_kernels import PagedKVCache, slots_of, write
 from tests.cases import shape_config
 

@@ -18,9 +18,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eejax.core import CacheConfig, DecodeConfig, EngineConfig, ExitConfig, ModelConfig, SchedulerConfig
+from eejax.core import (
+    CacheConfig,
+    DecayingThreshold,
+    DecodeConfig,
+    EarlyExitParams,
+    EngineConfig,
+    ExitConfig,
+    ModelConfig,
+    SamplingParams,
+    SchedulerConfig,
+)
 from eejax.core.buckets import Piece, batch_size, bucket_of, cut_prefill
-from eejax.core.params import DecayingThreshold, EarlyExitParams, SamplingParams
 from eejax.core.request import MicroBatch, Request, RequestOutput, Sequence
 from eejax.core.xla_flags import set_xla_flags
 from eejax.device.batch_arrays import MAX_DEVICE_STOP_IDS, logprobs_of, prefill_tokens

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eejax.core.params import MAX_LOGPROBS
+from eejax.core import MAX_LOGPROBS
 from eejax.device import sampling
 from eejax.device.sampling import SamplingRows
 from tests.reference import softmax

@@ -7,9 +7,16 @@ from dataclasses import replace
 import jax
 import pytest
 
-from eejax.core import CacheConfig, DecodeConfig, EngineConfig, ExitConfig, SchedulerConfig
+from eejax.core import (
+    CacheConfig,
+    DecodeConfig,
+    EarlyExitParams,
+    EngineConfig,
+    ExitConfig,
+    SamplingParams,
+    SchedulerConfig,
+)
 from eejax.core.errors import ConfigError
-from eejax.core.params import EarlyExitParams, SamplingParams
 from eejax.device.decode_state import Asks
 from eejax.device.runner import Runner
 from eejax.serve.engine import Engine

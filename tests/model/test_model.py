@@ -12,6 +12,7 @@ import pytest
 
 from eejax.core import ExitConfig, ModelConfig, RopeScaling
 from eejax.core.errors import ConfigError
+from eejax.model.dense import exit_features
 from eejax.model.transformer import (
     EarlyExitTransformer,
     bind,
@@ -35,7 +36,7 @@ def dense_logits(config: ModelConfig, params: dict, tokens, dtype=None) -> dict[
     @jax.jit
     def run(params, tokens):
         model = bind(config, params)
-        features = model.exit_features(tokens, dtype)
+        features = exit_features(model, tokens, dtype)
         return {layer: model.logits(layer, x) for layer, x in features.items()}
 
     found = run(params, jnp.asarray(tokens, jnp.int32))
@@ -88,7 +89,7 @@ def test_every_parameter_counts(shape):
     def run(stacked):
         def one(params):
             model = bind(config, params)
-            found = model.exit_features(jnp.asarray([row], jnp.int32))
+            found = exit_features(model, jnp.asarray([row], jnp.int32))
             return {e: model.logits(e, x)[:, 0] for e, x in found.items()}
 
         return jax.vmap(one)(stacked)
@@ -268,7 +269,7 @@ def test_residual_dtype_follows_embedding_or_argument():
     tokens = jnp.asarray([[1, 2, 3]], jnp.int32)
 
     def dtypes(params, dtype):
-        found = jax.eval_shape(lambda p: bind(config, p).exit_features(tokens, dtype), params)
+        found = jax.eval_shape(lambda p: exit_features(bind(config, p), tokens, dtype), params)
         return {x.dtype for x in found.values()}
 
     assert dtypes(params, None) == {jnp.dtype("float32")}
@@ -281,7 +282,7 @@ def test_remat_changes_nothing(shape):
     config, params = random_model(shape)
     tokens = jnp.asarray(two_rows(config, 8), jnp.int32)
     a, b = (
-        jax.jit(lambda params, remat=remat: bind(config, params).exit_features(tokens, remat=remat))(params)
+        jax.jit(lambda params, remat=remat: exit_features(bind(config, params), tokens, remat=remat))(params)
         for remat in (False, True)
     )
     for layer in a:

@@ -29,14 +29,16 @@ from eejax import LLM
 from eejax.core import (
     CacheConfig,
     DecodeConfig,
+    EarlyExitParams,
     EngineConfig,
     ExitConfig,
     ModelConfig,
     RopeScaling,
+    SamplingParams,
     SchedulerConfig,
 )
-from eejax.core.params import EarlyExitParams, SamplingParams
 from eejax.core.request import CompletionOutput
+from eejax.model.dense import exit_features
 from eejax.model.huggingface import load_model, read_config
 from eejax.model.transformer import bind
 from eejax.model.weights import load_checkpoint
@@ -140,7 +142,7 @@ def tensors(folder: Path) -> dict[str, tuple[str, list[int], bytes]]:
 def logits_at_exits(config: ModelConfig, params: dict, text: np.ndarray) -> dict[int, np.ndarray]:
     """Logits `[T, V]` after each token of `text [T]` at every exit point, without the engine."""
     model = bind(config, params)
-    features = model.exit_features(jnp.asarray(text, jnp.int32)[None])
+    features = exit_features(model, jnp.asarray(text, jnp.int32)[None])
     return {layer: np.asarray(model.logits(layer, x))[:, 0].T for layer, x in features.items()}
 
 

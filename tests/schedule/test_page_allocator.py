@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from eejax.core.errors import ConfigError
 from eejax.schedule.page_allocator import OutOfPages, PageAllocator, PageError
+from tests.pages import check_integrity
 
 
 def test_allocates_every_page_once_and_takes_them_back():
@@ -13,7 +14,7 @@ def test_allocates_every_page_once_and_takes_them_back():
     first, second = allocator.allocate(2), allocator.allocate(3)
     assert sorted(first + second) == [0, 1, 2, 3, 4]
     assert (allocator.num_pages, allocator.num_free, allocator.num_used) == (5, 0, 5)
-    allocator.check_integrity([first, second])
+    check_integrity(allocator, [first, second])
     allocator.free(second)
     assert (allocator.num_free, allocator.num_used) == (3, 2)
     assert sorted(allocator.allocate(3)) == sorted(second)
@@ -25,7 +26,7 @@ def test_allocation_is_all_or_nothing():
     with pytest.raises(OutOfPages, match=r"3 pages asked for, 2 of 3 are free"):
         allocator.allocate(3)
     assert allocator.num_free == 2
-    allocator.check_integrity([held])
+    check_integrity(allocator, [held])
     assert allocator.allocate(0) == []
     with pytest.raises(PageError, match="-1"):
         allocator.allocate(-1)
@@ -37,13 +38,13 @@ def test_a_shared_page_is_free_when_the_last_reference_is_gone():
     allocator = PageAllocator(4)
     pages = allocator.allocate(2)
     allocator.share(pages[:1])
-    allocator.check_integrity([pages, pages[:1]])
+    check_integrity(allocator, [pages, pages[:1]])
     allocator.free(pages)
     assert allocator.num_used == 1
-    allocator.check_integrity([pages[:1]])
+    check_integrity(allocator, [pages[:1]])
     allocator.free(pages[:1])
     assert allocator.num_used == 0
-    allocator.check_integrity([])
+    check_integrity(allocator, [])
 
 
 @pytest.mark.parametrize("operation", ["free", "share"])
@@ -55,7 +56,7 @@ def test_pages_that_nobody_holds_are_refused_and_nothing_changes(operation, unhe
     assert held == [0, 2]
     with pytest.raises(PageError, match=f"cannot {operation} page"):
         getattr(allocator, operation)(unheld)
-    allocator.check_integrity([held])
+    check_integrity(allocator, [held])
 
 
 def test_double_free_is_refused():
@@ -64,7 +65,7 @@ def test_double_free_is_refused():
     allocator.free(pages)
     with pytest.raises(PageError, match="it is free"):
         allocator.free(pages)
-    allocator.check_integrity([])
+    check_integrity(allocator, [])
 
 
 def test_check_integrity_names_the_page_that_does_not_add_up():
@@ -72,12 +73,12 @@ def test_check_integrity_names_the_page_that_does_not_add_up():
     pages = allocator.allocate(2)
     for owners in ([], [pages[:1]], [pages, pages[:1]], [[*pages, 3]]):
         with pytest.raises(PageError, match=r"page \d has"):
-            allocator.check_integrity(owners)
+            check_integrity(allocator, owners)
     with pytest.raises(PageError, match="do not exist"):
-        allocator.check_integrity([pages, [9]])
+        check_integrity(allocator, [pages, [9]])
     allocator._free.append(pages[0])  # free and held at once
     with pytest.raises(PageError, match=f"page {pages[0]} has 1 references and is 1 times free"):
-        allocator.check_integrity()
+        check_integrity(allocator)
 
 
 @settings(max_examples=50, deadline=None)
@@ -99,5 +100,5 @@ def test_books_agree_with_the_owners_after_any_operations(num_pages, seed):
                 allocator.share(owners[-1])
             case "free" if owners:
                 allocator.free(owners.pop(rng.randrange(len(owners))))
-        allocator.check_integrity(owners)
+        check_integrity(allocator, owners)
         assert allocator.num_used == len({page for pages in owners for page in pages})

@@ -15,9 +15,11 @@ from eejax.core.lengths import LengthEstimate
 from eejax.core.request import Counts, MicroBatch, RowResult, StepResult
 from eejax.schedule.length_policy import LengthPolicy
 from eejax.schedule.page_allocator import PageAllocator
-from eejax.schedule.policy import FirstComeFirstServed, Static
+from eejax.schedule.policy import FirstComeFirstServed
 from eejax.schedule.scheduler import Scheduler
+from eejax.schedule.static_policy import Static
 from eejax.schedule.step_cost import StepCost
+from tests.pages import check_integrity
 from tests.schedule.test_scheduler import STOP, FakeDevice, make_request, run_all, step
 
 DEPTH = 4
@@ -175,9 +177,9 @@ def serve(name, drawn, *, page_size, num_pages, slots, chunk, window, max_wait, 
         if batch.kind == "decode":
             assert len(batch.rows) <= slots
             assert 1 <= batch.n_steps <= chunk
-        allocator.check_integrity([seq.pages for seq in seqs])
+        check_integrity(allocator, [seq.pages for seq in seqs])
         scheduler.update(batch, device.run(batch))
-        allocator.check_integrity([seq.pages for seq in seqs])
+        check_integrity(allocator, [seq.pages for seq in seqs])
         finished_at.update((seq, now) for seq in batch.rows if seq.finish_reason is not None)
     else:
         pytest.fail(f"{name} has not finished after {limit} micro-batches")
@@ -325,11 +327,11 @@ def test_ten_thousand_requests_of_adversarial_lengths_and_predictions(name):
             del unfinished[row]  # raises if it had ended before
             at_end[row] = steps
         if len(finished) % 50 == 0:
-            allocator.check_integrity([seq.pages for seq in unfinished])
+            check_integrity(allocator, [seq.pages for seq in unfinished])
     assert len(finished) == len(set(finished)) == 10_000
     assert all(tuple(seq.output_token_ids) == device.answer(seq) for seq in finished)
     assert allocator.num_used == 0
-    allocator.check_integrity([])
+    check_integrity(allocator, [])
     assert scheduler.num_preemptions == sum(seq.preemptions for seq in finished)
     if bounded:
         assert scheduler.num_preemptions > 0

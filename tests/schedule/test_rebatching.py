@@ -6,8 +6,7 @@ import math
 
 import pytest
 
-from eejax.core import SchedulerConfig
-from eejax.core.params import EarlyExitParams, SamplingParams
+from eejax.core import EarlyExitParams, SamplingParams, SchedulerConfig
 from eejax.core.request import MicroBatch, Request, RowResult, Sequence, StepResult
 from eejax.schedule.page_allocator import PageAllocator
 from eejax.schedule.rebatching import MIN_TOKENS, rows_to_gather, tokens_per_second

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eejax.core import SchedulerConfig
+from eejax.core import SamplingParams, SchedulerConfig
 from eejax.core.errors import ConfigError
-from eejax.core.params import SamplingParams
 from eejax.core.request import MicroBatch, Request, RowResult, StepResult
 from eejax.schedule.page_allocator import OutOfPages, PageAllocator, pages_needed
 from eejax.schedule.scheduler import Scheduler
+from tests.pages import check_integrity
 
 STOP = 1
 _ids = itertools.count()
@@ -257,7 +257,7 @@ def test_the_youngest_gives_way_and_comes_back_with_the_same_tokens():
     assert [seq.output_token_ids for seq in seqs] == [device.answer(seq) for seq in seqs]
     assert young.exit_layers == [4] * 21
     assert scheduler.num_preemptions == young.preemptions
-    allocator.check_integrity([])
+    check_integrity(allocator, [])
 
 
 def test_several_preempted_sequences_return_in_order_of_arrival():
@@ -306,7 +306,7 @@ def test_siblings_share_the_full_pages_of_their_prompt():
     scheduler.schedule()
     assert third.num_cached == 8
     assert third.pages[:2] == second.pages[:2]
-    allocator.check_integrity([second.pages, third.pages])
+    check_integrity(allocator, [second.pages, third.pages])
 
 
 @pytest.mark.parametrize(("prompt_len", "shared"), [(1, 0), (4, 0), (5, 1), (8, 1), (9, 2)])
@@ -369,7 +369,7 @@ def test_finish_in_every_state():
     assert waiting.finish_reason == "abort"
     run_all(scheduler, device)
     assert never.output_token_ids == device.answer(never)
-    allocator.check_integrity([])
+    check_integrity(allocator, [])
     with pytest.raises(ValueError, match="does not wait"):
         scheduler.finish(make_request(1, 1).sequences[0], "abort")
 
@@ -388,7 +388,7 @@ def test_a_row_aborted_on_the_device_ignores_its_result(batches_before):
     scheduler.finish(gone, "abort")
     scheduler.update(batch, result)
     assert (gone.output_token_ids, gone.finish_reason) == (tokens, "abort")
-    allocator.check_integrity([stays.pages])
+    check_integrity(allocator, [stays.pages])
     run_all(scheduler, device)
     assert stays.output_token_ids == device.answer(stays)
 
@@ -455,7 +455,7 @@ def test_a_batch_is_updated_once_and_before_the_next():
     scheduler.add([other])
     run_all(scheduler, device)
     assert other.output_token_ids == device.answer(other)
-    allocator.check_integrity([])
+    check_integrity(allocator, [])
 
 
 # ------------------------------------------------------------------------------------------------------- anything goes
@@ -526,7 +526,7 @@ def test_nothing_is_lost_doubled_leaked_overtaken_or_starved(
         had_work = scheduler.has_work
         batch = scheduler.schedule()
         assert (batch is not None) == had_work
-        allocator.check_integrity([seq.pages for seq in seqs])
+        check_integrity(allocator, [seq.pages for seq in seqs])
         for seq in added:
             if seq.preemptions > preempted_before[seq]:
                 assert len(seq.output_token_ids) > tokens_at_admission[seq]  # being admitted was worth it
@@ -555,7 +555,7 @@ def test_nothing_is_lost_doubled_leaked_overtaken_or_starved(
         scheduler.update(batch, result)
         if rng.random() < stop_rate:
             finish_any("stop", batch.rows)
-        allocator.check_integrity([seq.pages for seq in seqs])
+        check_integrity(allocator, [seq.pages for seq in seqs])
         assert all(bool(seq.pages) <= (seq.finish_reason is None) for seq in seqs)
         unfinished = [seq for seq in added if seq.finish_reason is None]
         assert [*scheduler._held, *scheduler._waiting] == unfinished  # the order of arrival, always

@@ -14,6 +14,7 @@ from eejax.core import SchedulerConfig
 from eejax.core.lengths import LEVELS, LengthEstimate
 from eejax.schedule.length_predictor import LengthPredictor, PerceptionPredictor
 from tests.cases import random_model
+from tests.pages import check_integrity
 
 PAGE, SLOTS, MAX_LEN = 4, 4, 64
 
@@ -66,7 +67,7 @@ def answer(llm: LLM, requests, order: list[str] | None = None, **each):
                 if order is not None:
                     order.append(output.request_id)
     assert engine.stats().pages_in_use == 0
-    engine.allocator.check_integrity([])
+    check_integrity(engine.allocator, [])
     return outputs
 
 

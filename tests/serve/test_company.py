@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eejax.core import DecayingThreshold, EarlyExitParams, SamplingParams
 from eejax.core.errors import InvalidRequestError
-from eejax.core.params import DecayingThreshold, EarlyExitParams, SamplingParams
 from eejax.core.request import RequestOutput
 from tests.cases import CLEAR, Case, draw_case, random_model, random_prompt
 from tests.reference import replay, softmax

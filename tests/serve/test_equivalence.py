@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from eejax.core import DecayingThreshold, EarlyExitParams
 from eejax.core.errors import ConfigError, InvalidRequestError
-from eejax.core.params import DecayingThreshold, EarlyExitParams
 from tests.cases import CLEAR, SHAPES, Case, draw_case, exit_settings, random_model, thresholds_letting
 from tests.reference import generate, threshold_at
 from tests.serve.engines import (

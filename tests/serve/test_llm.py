@@ -30,6 +30,7 @@ from eejax.serve.engine import EngineStats
 from eejax.text.tokenizer_copy import copy_tokenizer
 from eejax.text.tokenizer_files import CONFIG_FILE, MODEL_FILE
 from tests.cases import random_model, random_params
+from tests.pages import check_integrity
 from tests.reference import generate as reference
 from tests.tokenizer_cases import FOLDERS, train_sentencepiece
 
@@ -83,7 +84,7 @@ def nothing_is_left_behind(request: pytest.FixtureRequest):
             llm.engine.abort(request_id)  # so that the next test is not upset
             pytest.fail(f"request {request_id} was left behind")
         assert llm.stats().pages_in_use == 0
-        llm.engine.allocator.check_integrity([])
+        check_integrity(llm.engine.allocator, [])
 
 
 @pytest.fixture

@@ -11,9 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eejax.core import CacheConfig, EngineConfig
+from eejax.core import CacheConfig, DecayingThreshold, EarlyExitParams, EngineConfig, SamplingParams
 from eejax.core.errors import CheckpointError, ConfigError, InvalidRequestError
-from eejax.core.params import DecayingThreshold, EarlyExitParams, SamplingParams
 from eejax.serve.calibration import (
     CALIBRATION_FILE,
     CalibratedThresholds,

@@ -18,9 +18,11 @@ from eejax import LLM, EarlyExitParams, SamplingParams
 from eejax.cli.tune_exits import tune_exits as command
 from eejax.core import ExitConfig, ModelConfig
 from eejax.core.errors import ConfigError
+from eejax.model.dense import exit_features
+from eejax.model.lazy import load_lazily
 from eejax.model.param_tree import leaves
 from eejax.model.transformer import bind
-from eejax.model.weights import load_checkpoint, load_lazily
+from eejax.model.weights import load_checkpoint
 from eejax.model.weights_writer import save_checkpoint
 from eejax.text.tokenizer import load_tokenizer
 from eejax.text.tokenizer_files import CONFIG_FILE, MODEL_FILE
@@ -195,7 +197,7 @@ def test_every_exit_begins_as_the_shared_head(plain: Path, head: str, tie_output
     got_params = start_exits(config, model, params)
     assert config.exits == ExitConfig((1, 2), head, tie_output=tie_output, probes=True)
     want, got = bind(wanted_config, params), bind(config, got_params)
-    features, others = want.exit_features(tokens), got.exit_features(tokens)
+    features, others = exit_features(want, tokens), exit_features(got, tokens)
     for layer in (1, 2, DEPTH):
         np.testing.assert_array_equal(got.logits(layer, others[layer]), want.logits(layer, features[layer]))
     for layer in (1, 2):
