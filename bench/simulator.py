@@ -21,7 +21,7 @@ from eejax.core import (
     batch_size,
 )
 from eejax.core import Sequence as Row
-from eejax.schedule import PageAllocator, Scheduler, StepCost
+from eejax.schedule import PageAllocator, Scheduler, StepCost, check_integrity
 
 STOP, TOKEN = 1, 2
 
@@ -154,7 +154,7 @@ def _check(known: dict[Row, SimulatedRequest], last: dict[Row, float], allocator
                 f"{row.request.request_id} has {len(row.output_token_ids)} of {request.length} tokens, "
                 f"finish reason {row.finish_reason}"
             )
-    allocator.check_integrity([])
+    check_integrity(allocator, [])
 
 
 class _Device:

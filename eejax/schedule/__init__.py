@@ -5,6 +5,7 @@ No jax, so that a device can be simulated. Scheduler and runner exchange `MicroB
 
 from __future__ import annotations
 
+from eejax.schedule.integrity import check_integrity
 from eejax.schedule.length_heads import HEADS_FILE, LengthHeads, load_length_heads, save_length_heads
 from eejax.schedule.length_predictor import (
     QUESTION_TOKENS,
@@ -35,6 +36,7 @@ __all__ = [
     "Selection",
     "Static",
     "StepCost",
+    "check_integrity",
     "hidden_features",
     "load_length_heads",
     "make_predictor",

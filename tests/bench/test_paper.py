@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from bench.paper import PaperScheduler
 from eejax.core import SchedulerConfig
 from eejax.core.lengths import LengthEstimate
+from eejax.schedule.integrity import check_integrity
 from eejax.schedule.page_allocator import PageAllocator
-from tests.pages import check_integrity
 from tests.schedule.test_scheduler import STOP, FakeDevice, kinds, make_request, run_all, step
 
 PAGE = 4

@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eejax.core.errors import ConfigError
+from eejax.schedule.integrity import check_integrity
 from eejax.schedule.page_allocator import OutOfPages, PageAllocator, PageError
-from tests.pages import check_integrity
 
 
 def test_allocates_every_page_once_and_takes_them_back():

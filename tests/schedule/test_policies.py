@@ -13,13 +13,13 @@ from bench.paper import PaperScheduler
 from eejax.core import SchedulerConfig
 from eejax.core.lengths import LengthEstimate
 from eejax.core.request import Counts, MicroBatch, RowResult, StepResult
+from eejax.schedule.integrity import check_integrity
 from eejax.schedule.length_policy import LengthPolicy
 from eejax.schedule.page_allocator import PageAllocator
 from eejax.schedule.policy import FirstComeFirstServed
 from eejax.schedule.scheduler import Scheduler
 from eejax.schedule.static_policy import Static
 from eejax.schedule.step_cost import StepCost
-from tests.pages import check_integrity
 from tests.schedule.test_scheduler import STOP, FakeDevice, make_request, run_all, step
 
 DEPTH = 4

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from eejax.core import SamplingParams, SchedulerConfig
 from eejax.core.errors import ConfigError
 from eejax.core.request import MicroBatch, Request, RowResult, StepResult
+from eejax.schedule.integrity import check_integrity
 from eejax.schedule.page_allocator import OutOfPages, PageAllocator, pages_needed
 from eejax.schedule.scheduler import Scheduler
-from tests.pages import check_integrity
 
 STOP = 1
 _ids = itertools.count()

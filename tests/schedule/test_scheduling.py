@@ -12,9 +12,9 @@ from bench.paper import PaperScheduler
 from eejax import LLM, ConfigError, EarlyExitParams, InvalidRequestError, SamplingParams
 from eejax.core import SchedulerConfig
 from eejax.core.lengths import LEVELS, LengthEstimate
+from eejax.schedule.integrity import check_integrity
 from eejax.schedule.length_predictor import LengthPredictor, PerceptionPredictor
 from tests.cases import random_model
-from tests.pages import check_integrity
 
 PAGE, SLOTS, MAX_LEN = 4, 4, 64
 

@@ -12,9 +12,9 @@ import numpy as np
 
 from eejax.core import CacheConfig, DecodeConfig, EngineConfig, ModelConfig, SamplingParams, SchedulerConfig
 from eejax.core.request import CompletionOutput, RequestOutput
+from eejax.schedule.integrity import check_integrity
 from eejax.serve.engine import Engine
 from tests.cases import SHAPES, Case, random_model, thresholds_letting
-from tests.pages import check_integrity
 
 MAX_LEN = 48
 AUTO = DecodeConfig()

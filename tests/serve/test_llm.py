@@ -26,11 +26,11 @@ from eejax import (
 from eejax.cli.app import in_chat_template
 from eejax.core import EngineOptions, ExitConfig, ModelConfig
 from eejax.model.weights_writer import save_checkpoint
+from eejax.schedule.integrity import check_integrity
 from eejax.serve.engine import EngineStats
 from eejax.text.tokenizer_copy import copy_tokenizer
 from eejax.text.tokenizer_files import CONFIG_FILE, MODEL_FILE
 from tests.cases import random_model, random_params
-from tests.pages import check_integrity
 from tests.reference import generate as reference
 from tests.tokenizer_cases import FOLDERS, train_sentencepiece
 

@@ -1,11 +1,11 @@
-"""The books of a page allocator."""
+"""A check of a page allocator's books, for tests and simulations. No jax here."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from eejax.schedule.page_allocator import PageAllocator
+from eejax.schedule.page_allocator import PageAllocator, PageError
 
 
 def check_integrity(allocator: PageAllocator, owners: Iterable[Sequence[int]] | None = None) -> None:
@@ -15,19 +15,19 @@ def check_integrity(allocator: PageAllocator, owners: Iterable[Sequence[int]] | 
         owners: the page lists of all sequences that hold pages; None checks the allocator's own books only.
 
     Raises:
-        AssertionError: naming the first page that does not add up.
+        PageError: naming the first page that does not add up.
     """
     times_free = Counter(allocator._free)
     for page, references in enumerate(allocator._references):
         if references < 0 or times_free[page] != (references == 0):
-            raise AssertionError(f"page {page} has {references} references and is {times_free[page]} times free")
+            raise PageError(f"page {page} has {references} references and is {times_free[page]} times free")
     if len(times_free) != sum(references == 0 for references in allocator._references):
-        raise AssertionError(f"the free list names pages that do not exist: {sorted(times_free)}")
+        raise PageError(f"the free list names pages that do not exist: {sorted(times_free)}")
     if owners is None:
         return
     held = Counter(page for pages in owners for page in pages)
     for page, references in enumerate(allocator._references):
         if held.pop(page, 0) != references:
-            raise AssertionError(f"page {page} has {references} references, but its owners do not hold as many")
+            raise PageError(f"page {page} has {references} references, but its owners do not hold as many")
     if held:
-        raise AssertionError(f"owners hold pages that do not exist: {sorted(held)}")
+        raise PageError(f"owners hold pages that do not exist: {sorted(held)}")
