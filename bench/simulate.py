@@ -27,7 +27,7 @@ from bench.schedule_rows import Outcome, figures, rows_table, with_ratios
 from bench.schedule_setup import MODES, REGIMES, ROWS, Bench, paper_scheduler, parsed, request_options
 from bench.simulator import SimulatedRequest, simulate
 from bench.step_model import DecodeCall, StepModel
-from eejax.core import LEVELS, ConfigError, LengthEstimate, SchedulerConfig
+from eejax.core import LEVELS, CacheConfig, ConfigError, LengthEstimate, SchedulerConfig
 from eejax.schedule import StepCost
 
 CHECKED = ("static", "paper", "fcfs", "length_prompt")
@@ -78,8 +78,7 @@ def run(name: str, requests: Sequence[SimulatedRequest], on: Machine, paper_quan
     return simulate(
         requests,
         SchedulerConfig(on.slots, policy=row.policy),
-        num_pages=on.num_pages,
-        page_size=on.page_size,
+        cache=CacheConfig(on.num_pages, on.page_size),
         cost=on.cost,
         scheduler=paper_scheduler(row, max_rows=on.paper_rows, quantile=paper_quantile),
         learnt=StepCost(compacts=on.compacts),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from bench.schedule_rows import Outcome
 from bench.step_model import DecodeCall, PrefillCall, StepModel, pages_visited
 from eejax.core import (
+    CacheConfig,
     Counts,
     LengthEstimate,
     MicroBatch,
@@ -50,8 +51,7 @@ def simulate(
     requests: Sequence[SimulatedRequest],
     config: SchedulerConfig,
     *,
-    num_pages: int,
-    page_size: int,
+    cache: CacheConfig,
     cost: StepModel,
     scheduler: Callable[..., Scheduler] | None = None,
     learnt: StepCost | None = None,
@@ -70,10 +70,10 @@ def simulate(
     Raises:
         RuntimeError: a request was lost, answered twice or wrongly, or a page leaked.
     """
-    allocator = PageAllocator(num_pages)
+    allocator = PageAllocator(cache.num_pages)
     learnt = learnt or StepCost()
-    scheduling = (scheduler or Scheduler)(config, allocator, page_size=page_size, cost=learnt)
-    device = _Device(cost, page_size, exits, prefill_chunk, config.max_num_seqs, learnt.compacts)
+    scheduling = (scheduler or Scheduler)(config, allocator, page_size=cache.page_size, cost=learnt)
+    device = _Device(cost, cache.page_size, exits, prefill_chunk, config.max_num_seqs, learnt.compacts)
     rows = [_request(i, request, exits[-1]).sequences[0] for i, request in enumerate(requests)]
     device.known = dict(zip(rows, requests, strict=True))
     coming = sorted(rows, key=lambda row: device.known[row].arrival)

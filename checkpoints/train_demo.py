@@ -60,7 +60,7 @@ def choose_dtype(name: str) -> Any:
     return jnp.bfloat16 if low else jnp.float32
 
 
-def describe(trainer: Trainer, preset_name: str, finished: bool, split: str, evaluation: dict) -> dict:
+def summary(trainer: Trainer, preset_name: str, finished: bool, split: str, evaluation: dict) -> dict:
     """What `metrics.json` holds."""
     preset, at = trainer.preset, trainer.at
     return {
@@ -140,7 +140,7 @@ def train(
                 next_save = at.seconds + 120
             if at.seconds >= next_export:
                 evaluation = trainer.evaluate("validation", 4)
-                trainer.export(trainer.work / "export", describe(trainer, name, False, "validation", evaluation))
+                trainer.export(trainer.work / "export", summary(trainer, name, False, "validation", evaluation))
                 next_export = at.seconds + 60 * export_minutes
                 console.print(
                     json.dumps(
@@ -184,7 +184,7 @@ def main(
     if stop_after is not None and trainer.at.step == stop_after:
         return
     evaluation = trainer.evaluate("validation", eval_batches)
-    trainer.export(out, describe(trainer, preset, True, "validation", evaluation))
+    trainer.export(out, summary(trainer, preset, True, "validation", evaluation))
     print(f"wrote {out}", flush=True)
 
 

@@ -45,7 +45,7 @@ def tokens_per_second(
     """Throughput of `count` rows, numbers of rows taken as continuous.
 
     Args:
-        hold: rows that are gathered, or passes that one waits at the most, as in `eejax.device.decode.run_pass`.
+        hold: rows that are gathered, or passes that one waits at most, as in `eejax.device.decode.run_pass`.
         depths: shares of the network after which tokens leave, ascending, the last one 1.
         shares: of the tokens that leave there.
         pages: of the longest row.

@@ -63,7 +63,7 @@ INLINE Product product_left(const Product* p) {
 }
 
 /* From column `from` on, of those that are computed. */
-INLINE Out behind(Out out, int64_t from) {
+INLINE Out from_column(Out out, int64_t from) {
   if (out.list) {
     out.list += from;
   } else {
@@ -320,9 +320,9 @@ static void panel_rows(const Product* p, const float* weight, Out out, int64_t r
   for (int64_t from = 0; from < whole; from += PANEL) {
     int64_t width = MIN(whole - from, PANEL);
     const float* x = copies(p) ? p->scratch + from * p->depth : p->x;
-    (width <= VL ? slim_panel : from ? next_panel : wide_panel)(p, weight, x, behind(out, from), rows, width, next);
+    (width <= VL ? slim_panel : from ? next_panel : wide_panel)(p, weight, x, from_column(out, from), rows, width, next);
   }
-  if (left.columns) narrow_rows[left.columns - 1](&left, weight, behind(out, whole), rows, next);
+  if (left.columns) narrow_rows[left.columns - 1](&left, weight, from_column(out, whole), rows, next);
 }
 
 /* RMS norm of a panel of `n` vectors. */

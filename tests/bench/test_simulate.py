@@ -15,7 +15,7 @@ from bench.paper import PaperScheduler
 from bench.schedule_rows import figures, with_ratios
 from bench.simulator import SimulatedRequest, simulate
 from bench.step_model import DecodeCall, PrefillCall, StepModel, pages_visited
-from eejax.core import SchedulerConfig
+from eejax.core import CacheConfig, SchedulerConfig
 from eejax.core.errors import ConfigError
 from eejax.core.lengths import LengthEstimate
 from eejax.schedule.page_allocator import PageAllocator, PageError
@@ -31,7 +31,7 @@ COST = StepModel(
 
 
 def run(requests, cost=STEPS, *, num_pages=100, exits=(12,), **config):
-    return simulate(requests, SchedulerConfig(**config), num_pages=num_pages, page_size=4, cost=cost, exits=exits)
+    return simulate(requests, SchedulerConfig(**config), cache=CacheConfig(num_pages, 4), cost=cost, exits=exits)
 
 
 def asked(length, *, prompt=4, limit=50, **options):
@@ -79,7 +79,7 @@ def test_memory_that_runs_out_is_prefilled_again() -> None:
 
 def test_a_static_batch_computes_what_is_done_and_rows_in_powers_of_two() -> None:
     requests = [asked(2), asked(2), asked(31)]
-    one = simulate(requests, SchedulerConfig(policy="static"), num_pages=100, page_size=4, cost=STEPS)
+    one = simulate(requests, SchedulerConfig(policy="static"), cache=CacheConfig(100, 4), cost=STEPS)
     assert (one.steps, one.row_steps) == (30, 4 * 30)  # in two calls, the second with one row left
     assert one.wasted == pytest.approx(1 - 32 / 120)
 
@@ -121,8 +121,7 @@ def test_with_compaction_a_block_computes_the_rows_that_enter_it() -> None:
         one = simulate(
             requests,
             SchedulerConfig(),
-            num_pages=100,
-            page_size=4,
+            cache=CacheConfig(100, 4),
             cost=rows,
             exits=(1, 2, 4),
             learnt=StepCost(compacts=compacts),
@@ -168,7 +167,7 @@ def test_it_is_deterministic_and_answers_everything(name: str) -> None:
         paper = partial(PaperScheduler, paper={"ordered": True, "vbs": True, "fcr": True, "max_rows": 16})
         scheduler = paper if name == "paper" else None
         config = SchedulerConfig(max_num_seqs=8, policy="fcfs" if name == "paper" else name)
-        return simulate(requests, config, num_pages=60, page_size=4, cost=COST, scheduler=scheduler)
+        return simulate(requests, config, cache=CacheConfig(60, 4), cost=COST, scheduler=scheduler)
 
     one = once()
     assert one == once()

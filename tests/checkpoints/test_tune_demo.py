@@ -26,7 +26,7 @@ from checkpoints.demo_tuning import (
     new_probes,
     tuning_loss_and_grads,
 )
-from checkpoints.train_demo import describe
+from checkpoints.train_demo import summary
 from checkpoints.tune_demo import Tuner, choose_stages, main
 from eejax.core import CacheConfig, EngineConfig, SchedulerConfig
 from eejax.core.errors import ConfigError
@@ -181,7 +181,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_data(folder / "data")
     trainer = Trainer(PRESETS["tiny"], folder / "data", folder / "work", 0, jnp.float32)
     trainer.params = sure_params()
-    metrics = describe(trainer, "tiny", True, "validation", trainer.evaluate("validation", 1))
+    metrics = summary(trainer, "tiny", True, "validation", trainer.evaluate("validation", 1))
     trainer.export(folder / "base", metrics)
     return folder
 
