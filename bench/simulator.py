@@ -120,7 +120,7 @@ def simulate(
         parkings=sum(row.parkings for row in rows),
         preemptions=sum(row.preemptions for row in rows),
         page_seconds=page_seconds,
-        num_pages=num_pages,
+        num_pages=cache.num_pages,
         latencies=tuple(last[row] - device.known[row].arrival for row in rows),
         first_tokens=tuple(first[row] - device.known[row].arrival for row in rows),
         schedule_seconds=schedule_seconds,

@@ -11,19 +11,21 @@ import pytest
 from jaxtyping import TypeCheckError
 
 from eejax.device.kv_fill import Waiting
-from pallas_kernels.pages import Slots, slots_of
+from pallas_kernels import PagedKVCache, Slots, slots_of
+
+CACHE = PagedKVCache(jnp.zeros((1, 2, 1, 4, 8)), jnp.zeros((1, 2, 1, 4, 8)))
 
 pytestmark = pytest.mark.skipif(os.environ.get("CHECK_SHAPES") == "off", reason="shapes are not checked")
 
 
 def test_arguments_of_other_shapes_are_errors():
     table, positions = jnp.zeros((3, 2), jnp.int32), jnp.zeros(3, jnp.int32)
-    slots_of(table, positions, 4)
+    slots_of(CACHE, table, positions)
     for wrong in ((table[:2], positions), (table, positions[None]), (table.astype(jnp.float32), positions)):
         with pytest.raises(TypeCheckError):
-            slots_of(*wrong, 4)
+            slots_of(CACHE, *wrong)
         with pytest.raises(TypeCheckError):
-            jax.eval_shape(lambda *arrays: slots_of(*arrays, 4), *wrong)
+            jax.eval_shape(lambda *arrays: slots_of(CACHE, *arrays), *wrong)
 
 
 def test_dataclasses_are_checked_where_they_hold_arrays():
@@ -38,4 +40,4 @@ def test_dataclasses_are_checked_where_they_hold_arrays():
 
 def test_a_function_can_be_left_to_check_its_own(unchecked_shapes):
     with pytest.raises(ValueError):  # jax's own
-        slots_of(jnp.zeros((3, 2), jnp.int32), jnp.zeros((3, 1), jnp.int32), 4)
+        slots_of(CACHE, jnp.zeros((3, 2), jnp.int32), jnp.zeros((3, 1), jnp.int32))

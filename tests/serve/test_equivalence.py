@@ -82,8 +82,8 @@ def test_a_gate_asks_the_head_only_where_the_probe_says_so():
     ("options", "part"),
     [
         ({"gate": 1.5}, "EarlyExitParams.gate must be a number in [0, 1], got 1.5"),
-        ({"gate": 0.5, "measure": "classifier"}, "softmax and margin, and this is 'classifier'"),
-        ({"gate": 0.5, "threshold": "calibrated"}, "certified without a gate"),
+        ({"gate": 0.5, "measure": "classifier"}, "softmax and margin; with 'classifier' it must be 0"),
+        ({"gate": 0.5, "threshold": "calibrated"}, "calibration ran without a gate"),
     ],
 )
 def test_gates_that_mean_nothing_are_refused(options, part):
