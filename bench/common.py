@@ -278,8 +278,9 @@ def median(values: Sequence[float]) -> float:
 
 
 def options_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of this run, ready for JSON."""
-    return {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    """The options of this run, ready for JSON, without the places where results go: they are this machine's."""
+    kept = {key: value for key, value in vars(args).items() if key not in ("output_json", "plot", "work")}
+    return {key: str(value) if isinstance(value, Path) else value for key, value in kept.items()}
 
 
 def table_row(name: str, modes: Mapping[str, Any], path: str, digits: int = 2, unit: float = 1.0) -> list[str]:
