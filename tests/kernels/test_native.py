@@ -71,7 +71,7 @@ def test_products_without_amx():
     if "EEJAX_AMX" in os.environ:
         pytest.skip("said already")
     if "amx" not in library.processor():
-        pytest.skip("this processor has no AMX: the other tests have said it")
+        pytest.skip("this processor has no AMX, so the other tests have run without it")
     command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", __file__, "-k", "products"]
     environment = {**os.environ, "EEJAX_AMX": "off"}
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)

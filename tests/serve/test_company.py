@@ -1,6 +1,6 @@
-"""Whoever else is served with a request: its answer is its own, tokens, exit layers and finish reason, one for one.
+"""Requests served together: the tokens, exit layers and finish reason of each are those it has alone.
 
-`test_equivalence.py` says what is promised.
+`test_equivalence.py` states the promise.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ REQUESTS = 3 * settings.default.max_examples
 @settings(max_examples=2 * settings.default.max_examples)
 @given(seeds=st.lists(st.integers(0, REQUESTS - 1), min_size=3, max_size=8))
 def test_company_changes_nothing(name, seeds):
-    """Whoever else is served, whenever they come, go, are preempted or aborted: everybody's answer is their own."""
+    """Requests arrive, end, are preempted and aborted at any time: each gets the answer that it has alone."""
     found = [random_request(ENGINES[name]["shape"], seed) for seed in seeds]
     outputs = serve(shared_engine(name), [request for request, _ in found])
     for output, (request, case) in zip(outputs, found, strict=True):
